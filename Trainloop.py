@@ -1,0 +1,613 @@
+"""Train the Wasserstein GAN: python Trainloop.py --data img_align_celeba.zip
+
+A step is one update of the generator, preceded by --n-critic updates of the critic. Everything random in a
+step is a pure function of (seed, step), so a run that is stopped and resumed equals one that never stopped.
+"""
+
+import argparse
+import copy
+import os
+import platform
+import shlex
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from Critic import NORMS, Critic, clip_weights, critic_loss, generator_loss, gradient_penalty
+from Dataset import add_data_flags, batch_indices, open_data, seeded, to_range
+from Generator import FORMAT, SIZES, Generator, add_device_flag, latent, pick_device, read_model_file
+
+PRESETS = {
+    # What the report's published models were trained with.
+    "report": {
+        "size": 128, "crop": "squash", "split": "all", "flip": False, "nz": 100, "ngf": 128, "ndf": 128,
+        "stem_norm": False, "norm": "batch", "lipschitz": "clip", "clip": 0.01, "n_critic": 1, "batch_size": 32,
+        "optimizer": "adam", "lr_g": 5e-5, "lr_d": 5e-5, "betas": [0.9, 0.999], "ema": 0.0, "precision": "fp32",
+        "steps": 3_924_000, "log_every": 50, "checkpoint_every": 6000,
+    },
+    # Something to look at after about five minutes on two CPU cores.
+    "quick": {
+        "size": 64, "ngf": 16, "ndf": 16, "batch_size": 32, "n_critic": 1, "lr_g": 4e-4, "lr_d": 8e-4, "ema": 0.99,
+        "steps": 2500, "log_every": 25, "sample_every": 250, "checkpoint_every": 500,
+    },
+}  # fmt: skip
+# Settings that a resumed run may change: they change where, how long and how fast, not what is trained.
+FREE = {"data", "cache", "workers", "device", "out", "resume", "preset", "steps", "keep", "dry_run",
+        "checkpoint_every", "log_every", "sample_every"}  # fmt: skip
+# Of these, what the checkpoint does not hand on to the resumed run.
+NOT_RESTORED = {"workers", "device", "out", "resume", "preset", "dry_run"}
+SAMPLES = 32  # faces in a sample grid: cell i is the face of seed i
+
+
+def build_parser():
+    """Every setting is declared here once: its flag, default and help, and its name in the checkpoint."""
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train a Wasserstein GAN on faces. A step is one update of the generator.",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--preset", choices=list(PRESETS), help="report: the report's recipe; quick: five minutes on a laptop's CPU; "
+        "a flag beside it wins")  # fmt: skip
+    add_data_flags(parser.add_argument_group("images"))
+    add = parser.add_argument_group("networks").add_argument
+    add("--size", type=int, default=128, choices=SIZES, help="side of the images in pixels")
+    add("--nz", type=int, default=100, help="length of the latent vector")
+    add("--ngf", type=int, default=64, help="width of the generator: its channels at 64x64")
+    add("--ndf", type=int, default=64, help="width of the critic: its channels at 64x64")
+    add("--stem-norm", action=argparse.BooleanOptionalAction, default=True,
+        help="BatchNorm and ReLU after the generator's linear layer")  # fmt: skip
+    add("--norm", choices=NORMS, default="layer", help="normalisation in the critic; batch only with --lipschitz clip")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=int, default=100_000, help="total number of steps, those before a resume included")
+    add("--batch-size", type=int, default=64, help="images in a batch")
+    add("--n-critic", type=int, default=5, help="critic updates in a step")
+    add("--lipschitz", choices=["gp", "clip"], default="gp", help="gradient penalty or weight clipping")
+    add("--gp", type=float, default=10.0, help="factor of the gradient penalty")
+    add("--clip", type=float, default=0.01, help="bound of the critic's weights with --lipschitz clip")
+    add("--optimizer", choices=["adam", "rmsprop"], default="adam", help="for both networks")
+    add("--betas", type=float, nargs=2, default=[0.0, 0.9], help="Adam's decay rates")
+    add("--lr-g", type=float, default=1e-4, help="learning rate of the generator")
+    add("--lr-d", type=float, default=1e-4, help="learning rate of the critic")
+    add("--ema", type=float, default=0.999, help="decay of the moving average of the generator's weights; 0: none")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the images")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the device has it")
+    add("--seed", type=int, default=0, help="chooses initial weights, order of the images, latents and flips")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", metavar="DIR", help="the run's folder (default: runs/ and the next number)")
+    add("--resume", metavar="PATH|latest|auto", help="go on from a checkpoint or run folder; latest: the newest in "
+        "--out or, without it, in runs/; auto: the same where there is one, else start")  # fmt: skip
+    add("--checkpoint-every", type=int, default=6000, help="steps between checkpoints; each also keeps the generator")
+    add("--keep", type=int, default=2, help="full checkpoints kept; generators are all kept")
+    add("--log-every", type=int, default=50, help="steps between scalars")
+    add("--sample-every", type=int, default=1000, help="steps between sample grids")
+    add("--dry-run", action="store_true", help="print parameters, memory, disk and expected hours, and stop")
+    add_device_flag(parser.add_argument_group("run on"))
+    return parser
+
+
+def read_settings(argv=None):
+    """Return (settings, checkpoint file or None, its path or None): defaults < preset < checkpoint < given flags.
+
+    Raises ValueError or FileNotFoundError for settings that are impossible or contradict the checkpoint.
+    """
+    parser = build_parser()
+    defaults = vars(parser.parse_args([]))
+    # argparse leaves alone what a namespace already has, so what is no longer None was given by the user.
+    parsed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
+    given = {name: value for name, value in parsed.items() if value is not None}
+    asked = PRESETS.get(given.get("preset"), {}) | given
+
+    path, checkpoint = find_resume(given.get("resume"), given.get("out"))
+    saved = {}
+    if checkpoint:
+        saved = {name: value for name, value in checkpoint["settings"].items() if name not in NOT_RESTORED}
+        for name, value in asked.items():
+            if name not in FREE and name in saved and saved[name] != value and (name, value) != ("precision", "auto"):
+                raise ValueError(
+                    f"{flag(name)} {value}: the run in {path} was trained with {flag(name)} {saved[name]}; "
+                    "leave the flag out to go on, or start a new run with another --out"
+                )
+    settings = argparse.Namespace(**(defaults | asked | saved | given))
+    if saved:
+        settings.precision = saved["precision"]
+    settings.out = given.get("out") or (str(path.parent) if path else None)
+    check_settings(settings)
+    return settings, checkpoint, path
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def check_settings(settings):
+    """Raise ValueError, naming flag and value, for numbers that make no sense."""
+    for name in ("nz", "ngf", "ndf", "steps", "batch_size", "n_critic", "lr_g", "lr_d", "clip", "keep",
+                 "checkpoint_every", "log_every", "sample_every", "workers"):  # fmt: skip
+        if not getattr(settings, name) > 0:
+            raise ValueError(f"{flag(name)} {getattr(settings, name)}: must be above 0")
+    for name, values in (("betas", settings.betas), ("ema", [settings.ema])):
+        if not all(0 <= value < 1 for value in values):
+            raise ValueError(f"{flag(name)} {' '.join(map(str, values))}: must be at least 0 and below 1")
+    for name in ("gp", "seed"):
+        if getattr(settings, name) < 0:
+            raise ValueError(f"{flag(name)} {getattr(settings, name)}: must not be negative")
+    if settings.lipschitz == "gp" and settings.norm == "batch":
+        gradient_penalty(Critic(1, 3, 32, "batch"), None, None, None)  # raises, with the reason
+
+
+# ---- state and checkpoints ------------------------------------------------------------------------------------
+
+
+@dataclass
+class State:
+    """All that training changes."""
+
+    generator: Generator
+    critic: Critic
+    ema: Generator | None
+    optim_g: torch.optim.Optimizer
+    optim_d: torch.optim.Optimizer
+    step: int = 0
+
+
+def build_state(settings, device):
+    """Return the State of step 0. The initial weights depend on the seed alone, not on the device."""
+    torch.manual_seed(settings.seed)
+    generator = Generator(settings.nz, settings.ngf, 3, settings.size, settings.stem_norm)
+    critic = Critic(settings.ndf, 3, settings.size, settings.norm)
+    generator.to(device, memory_format=torch.channels_last)
+    critic.to(device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(generator).eval().requires_grad_(False) if settings.ema else None
+
+    def optimizer(network, lr):
+        if settings.optimizer == "rmsprop":
+            return torch.optim.RMSprop(network.parameters(), lr, foreach=True)
+        return torch.optim.Adam(network.parameters(), lr, tuple(settings.betas), fused=device.type != "mps")
+
+    return State(generator, critic, ema, optimizer(generator, settings.lr_g), optimizer(critic, settings.lr_d))
+
+
+def checkpoint_of(state, settings, made_by):
+    """Return the full checkpoint as a dict of plain tensors and plain types."""
+    return {
+        "format": FORMAT,
+        "step": state.step,
+        "settings": vars(settings),
+        "generator": {"config": state.generator.config, "state": state.generator.state_dict()},
+        "critic": {"config": state.critic.config, "state": state.critic.state_dict()},
+        "ema": state.ema.state_dict() if state.ema else None,
+        "optim_g": state.optim_g.state_dict(),
+        "optim_d": state.optim_d.state_dict(),
+        "rng": {"torch": torch.get_rng_state()},
+        "made_by": made_by,
+    }
+
+
+def restore(state, checkpoint):
+    """Load a checkpoint into `state`."""
+    state.generator.load_state_dict(checkpoint["generator"]["state"])
+    state.critic.load_state_dict(checkpoint["critic"]["state"])
+    if state.ema:
+        state.ema.load_state_dict(checkpoint["ema"])
+    state.optim_g.load_state_dict(checkpoint["optim_g"])
+    state.optim_d.load_state_dict(checkpoint["optim_d"])
+    torch.set_rng_state(checkpoint["rng"]["torch"])
+    state.step = checkpoint["step"]
+
+
+def save_atomically(content, path):
+    """torch.save under a temporary name, then rename: `path` is either whole or absent, also after kill -9."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"could not write {path} ({error}); the checkpoints before it are whole: make room and go on with "
+            f"--resume {path.parent}"
+        ) from error
+
+
+def save_checkpoint(state, settings, made_by):
+    """Write checkpoint_STEP.pt and generator_STEP.pt into the run's folder, then drop all but the last --keep."""
+    out = Path(settings.out)
+    content = checkpoint_of(state, settings, made_by)
+    shared = {name: content[name] for name in ("format", "step", "settings", "made_by")}
+    shared["generator"] = {"config": state.generator.config, "state": content["ema"] or content["generator"]["state"]}
+    save_atomically(shared, out / f"generator_{state.step:06d}.pt")
+    save_atomically(content, out / f"checkpoint_{state.step:06d}.pt")
+    for old in list_checkpoints(out)[settings.keep :]:
+        old.unlink()
+
+
+def list_checkpoints(folder):
+    """Return the full checkpoints in a run's folder, the newest first."""
+    return sorted(folder.glob("checkpoint_*.pt"), key=lambda path: int(path.stem.split("_")[1]), reverse=True)
+
+
+def newest_checkpoint(folder):
+    """Return (path, file) of the newest whole checkpoint in a run's folder, or (None, None)."""
+    for path in list_checkpoints(folder):
+        try:
+            return path, read_model_file(path)
+        except ValueError as error:
+            print(f"Passing over a torn checkpoint: {error}")
+    return None, None
+
+
+def find_resume(resume, out):
+    """Return (path, file) of the checkpoint that --resume means, or (None, None) for a new run.
+
+    Raises FileNotFoundError where there is none to go on from, ValueError where --out is taken.
+    """
+    runs = [Path(out)] if out else sorted(Path("runs").glob("[0-9]*"), reverse=True)
+    if resume is None:
+        if out and list_checkpoints(Path(out)):
+            raise ValueError(f"--out {out}: holds a run already; go on with --resume latest, or name another folder")
+        return None, None
+    if resume not in ("latest", "auto"):
+        target = Path(resume)
+        if not target.exists():
+            raise FileNotFoundError(f"--resume {resume}: no such checkpoint or run folder")
+        if target.is_file():
+            file = read_model_file(target)
+            if "optim_g" not in file:
+                raise ValueError(f"--resume {resume}: holds a generator alone; resume from a checkpoint_*.pt")
+            later = [path.name for path in list_checkpoints(target.parent) if path != target]
+            if not out and later and int(later[0].split("_")[1][:-3]) > file["step"]:
+                raise ValueError(f"--resume {resume}: {later[0]} beside it is newer; branch off with --out NEW_FOLDER")
+            return target, file
+        runs = [target]
+    for run in runs:
+        path, file = newest_checkpoint(run)
+        if file:
+            return path, file
+    if resume == "auto":
+        return None, None
+    raise FileNotFoundError(f"--resume {resume}: no checkpoint in {out or resume if resume != 'latest' else 'runs/'}")
+
+
+def new_run_folder(dataset_name, settings):
+    """Create and return runs/NUMBER-NAME with the next free number."""
+    Path("runs").mkdir(exist_ok=True)
+    while True:
+        number = 1 + max((int(p.name[:4]) for p in Path("runs").glob("[0-9][0-9][0-9][0-9]-*")), default=0)
+        folder = Path("runs") / f"{number:04d}-{dataset_name}-{settings.size}px-{settings.lipschitz}"
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:  # another run was faster
+            continue
+
+
+# ---- one step -------------------------------------------------------------------------------------------------
+
+
+def draw_noise(settings, step):
+    """Return all random numbers of a step, drawn on the CPU from (seed, step), so that they are the same everywhere.
+
+    z: (n_critic + 1, B, nz) latents, the last for the generator.  epsilon: (n_critic, B, 1, 1, 1) in [0, 1).
+    flip: (n_critic, B, 1, 1, 1) bool.
+    """
+    random, n, b = seeded(settings.seed, 1, step), settings.n_critic, settings.batch_size
+    return {
+        "z": torch.randn(n + 1, b, settings.nz, generator=random),
+        "epsilon": torch.rand(n, b, 1, 1, 1, generator=random),
+        "flip": (torch.rand(n, b, 1, 1, 1, generator=random) < 0.5) & settings.flip,
+    }
+
+
+def critic_step(state, settings, real, z, epsilon):
+    """Update the critic once. real: (B, 3, S, S) in [-1, 1]; z: (B, nz); epsilon: (B, 1, 1, 1).
+
+    Returns (loss, Wasserstein estimate, gradient penalty), each a scalar on the device.
+    """
+    autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+    with torch.no_grad(), autocast:
+        fake = state.generator(z)  # (B, 3, S, S); without a graph, since only the critic learns here
+    with autocast:
+        loss = critic_loss(state.critic(real), state.critic(fake))
+        estimate, penalty = -loss.detach(), loss.new_zeros(())
+        if settings.lipschitz == "gp":
+            penalty = gradient_penalty(state.critic, real, fake, epsilon)
+            loss = loss + settings.gp * penalty
+    state.optim_d.zero_grad()
+    loss.backward()
+    state.optim_d.step()
+    if settings.lipschitz == "clip":
+        clip_weights(state.critic, settings.clip)
+    return loss.detach(), estimate, penalty.detach()
+
+
+def generator_step(state, settings, z):
+    """Update the generator and its average once. z: (B, nz). Returns (loss, images (B, 3, S, S))."""
+    state.critic.requires_grad_(False)  # its weight gradients would be computed and thrown away
+    with torch.autocast(z.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        fake = state.generator(z)  # (B, 3, S, S)
+        loss = generator_loss(state.critic(fake))
+    state.optim_g.zero_grad()
+    loss.backward()
+    state.optim_g.step()
+    state.critic.requires_grad_(True)
+    if state.ema:
+        # Early on the average follows faster, or it would show the random start for 1 / (1 - ema) steps.
+        update_ema(state.ema, state.generator, min(settings.ema, (1 + state.step) / (10 + state.step)))
+    return loss.detach(), fake.detach()
+
+
+@torch.no_grad()
+def update_ema(ema, network, decay):
+    """ema = decay * ema + (1 - decay) * network, for weights and BatchNorm's statistics; counters are copied."""
+    ours, theirs = list(ema.state_dict().values()), list(network.state_dict().values())
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+    average([t for t in ours if t.is_floating_point()], [t for t in theirs if t.is_floating_point()], None)
+    for mine, other in zip(ours, theirs, strict=True):
+        if not mine.is_floating_point():
+            mine.copy_(other)
+
+
+def train_step(state, settings, dataset, device):
+    """Do one step. Returns ((loss/critic, loss/generator, Wasserstein estimate, penalty) as (4,), real, fake)."""
+    noise = draw_noise(settings, state.step)
+    noise = {name: values.to(device, non_blocking=True) for name, values in noise.items()}
+    seen = state.step * settings.n_critic * settings.batch_size
+    for i in range(settings.n_critic):
+        indices = batch_indices(len(dataset), settings.seed, seen + i * settings.batch_size, settings.batch_size)
+        real = to_range(dataset.pixels(indices).to(device, non_blocking=True), settings.size)  # (B, 3, S, S)
+        real = torch.where(noise["flip"][i], real.flip(3), real)
+        loss_d, estimate, penalty = critic_step(state, settings, real, noise["z"][i], noise["epsilon"][i])
+    loss_g, fake = generator_step(state, settings, noise["z"][-1])
+    state.step += 1
+    return torch.stack([loss_d, loss_g, estimate, penalty]), real, fake
+
+
+# ---- what one sees --------------------------------------------------------------------------------------------
+
+
+def spread(images):
+    """Mean over pixels of the standard deviation over the batch: (B, C, H, W) -> scalar, 0 if all are alike."""
+    return images.float().std(dim=0, correction=0).mean()
+
+
+def gradient_norm(network):
+    """L2 norm of all gradients of a network, as they were at its last update."""
+    return torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+
+
+def log_scalars(writer, state, settings, losses, real, fake, images_per_second):
+    """Write the scalars of the steps since the last call. losses: (steps, 4) on the CPU."""
+    loss_d, loss_g, estimate, penalty = losses.mean(dim=0).tolist()
+    scalars = {
+        "loss/critic": loss_d,
+        "loss/generator": loss_g,
+        "critic/wasserstein": estimate,
+        "critic/gradient_norm": gradient_norm(state.critic),
+        "generator/gradient_norm": gradient_norm(state.generator),
+        # 1: the fakes differ from each other as the real images do.  0: mode collapse.
+        "generator/diversity": spread(fake) / spread(real).clamp_min(1e-6),
+        "speed/images_per_second": images_per_second,
+    }
+    if settings.lipschitz == "gp":
+        scalars["critic/gradient_penalty"] = penalty
+    else:
+        weights = torch.cat([p.detach().flatten() for p in state.critic.parameters()])
+        scalars["critic/clipped_share"] = (weights.abs() >= settings.clip).float().mean()
+    for name, value in scalars.items():
+        writer.add_scalar(name, value, state.step)
+
+
+@torch.no_grad()
+def write_samples(writer, state, settings, real, device):
+    """Write the faces of seeds 0 .. SAMPLES-1 and the real batch to TensorBoard, the faces also to samples.png."""
+    from torchvision.utils import make_grid, save_image
+
+    network = state.ema or state.generator
+    z = torch.stack([latent(seed, settings.nz) for seed in range(SAMPLES)]).to(device)  # (SAMPLES, nz)
+    network.eval()
+    fake = network(z).cpu()  # (SAMPLES, 3, S, S)
+    network.train(network is state.generator)
+    grid = make_grid(fake, nrow=8, normalize=True, value_range=(-1, 1))  # TensorBoard wants [0, 1]
+    writer.add_image("samples/generated", grid, state.step)
+    real = make_grid(real[:SAMPLES].cpu(), nrow=8, normalize=True, value_range=(-1, 1))
+    writer.add_image("samples/real", real, state.step)
+    temporary = Path(settings.out) / ".samples.tmp.png"
+    save_image(grid, temporary)
+    os.replace(temporary, Path(settings.out) / "samples.png")
+
+
+def settings_table(settings):
+    """Return the settings as a Markdown table."""
+    return "| setting | value |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in vars(settings).items())
+
+
+def format_time(seconds):
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def dry_run(state, settings, device):
+    """Print parameters, memory, disk and expected hours; the speed is measured on a few steps of random images."""
+    noise = np.random.default_rng(0).integers(0, 256, (settings.batch_size, settings.size, settings.size, 3), np.uint8)
+
+    class RandomImages:
+        def __len__(self):
+            return 1_000_000
+
+        def pixels(self, indices):
+            return torch.from_numpy(noise).permute(0, 3, 1, 2)
+
+    def seconds(steps):
+        start = time.perf_counter()
+        for _ in range(steps):
+            losses, _, _ = train_step(state, settings, RandomImages(), device)
+        losses.cpu()  # waits for the device
+        return (time.perf_counter() - start) / steps
+
+    seconds(2)  # warm up
+    per_step = seconds(3 if device.type == "cpu" else 50)
+    count = {name: sum(p.numel() for p in getattr(state, name).parameters()) for name in ("generator", "critic")}
+    weights = 4 * sum(count.values())
+    steps, kept = settings.steps, settings.steps // settings.checkpoint_every
+    full = 3 * weights + 4 * count["generator"] * bool(settings.ema)
+    print(f"parameters   generator {count['generator']:,}, critic {count['critic']:,}")
+    if device.type == "cuda":
+        print(f"memory       {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on {torch.cuda.get_device_name()}")
+    else:
+        print(f"memory       {(full + weights) / 1e9:.2f} GB for weights, gradients and optimizers, beside the batch's")
+    print(f"disk         {(settings.keep + 1) * full / 1e9:.2f} GB for the last {settings.keep} checkpoints (+1 while "
+          f"writing), {kept * 4 * count['generator'] / 1e9:.2f} GB for {kept} generators")  # fmt: skip
+    print(f"expected     {per_step * steps / 3600:.1f} hours for {steps:,} steps at {1 / per_step:.2f} "
+          f"steps/s, {settings.n_critic * settings.batch_size / per_step:.0f} images/s on {device}")  # fmt: skip
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------
+
+
+def resolve_precision(precision, device):
+    """Return fp32 or bf16: auto takes bf16 where the device computes in it."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    # On a CPU only matrix units (AMX) make bf16 pay: with AVX-512 alone it measured 0.5 to 0.8 of fp32's speed.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if device.type == "cpu" and capabilities.get("amx_bf16") else "fp32"
+
+
+def train(settings, checkpoint=None, checkpoint_path=None):
+    """Train until step settings.steps, or until SIGINT or SIGTERM. Returns the exit status."""
+    device = pick_device(settings.device)
+    settings.precision = resolve_precision(settings.precision, device)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # shapes never change
+    state = build_state(settings, device)
+    if settings.dry_run:
+        dry_run(state, settings, device)
+        return 0
+
+    dataset = open_data(settings.data, settings.size, settings.crop, settings.split, settings.cache, settings.workers)
+    settings.data, settings.split = dataset.paths, dataset.split
+    made_by = {
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "images": len(dataset)},
+    }
+    if checkpoint:
+        before = checkpoint["made_by"]["data"]
+        if before["fingerprint"] != dataset.fingerprint:
+            raise ValueError(
+                f"--data {' '.join(settings.data)}: {len(dataset):,} images ({dataset.fingerprint}), but the run in "
+                f"{checkpoint_path} was trained on {before['images']:,} others ({before['name']}, "
+                f"{before['fingerprint']}); pass the same images, or start a new run with another --out"
+            )
+        restore(state, checkpoint)
+        print(f"Going on from step {state.step:,} of {checkpoint_path}.")
+    if settings.out is None:
+        settings.out = str(new_run_folder(dataset.name, settings))
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if state.step >= settings.steps:
+        print(f"Nothing to do: {out} is at step {state.step:,} of --steps {settings.steps:,}.")
+        return 0
+    print(
+        f"Training {settings.size} px on {len(dataset):,} images ({dataset.name}), {settings.precision} on {device}, "
+        f"into {out}\nWatch it with: tensorboard --logdir {out.parent}"
+    )
+
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed only here
+
+    # purge_step hides what a killed run had logged after its last checkpoint, and now comes again.
+    writer = SummaryWriter(out, purge_step=state.step + 1 if checkpoint else None, flush_secs=10)
+    writer.add_text("settings", settings_table(settings), state.step)
+
+    stopped_by = []  # a signal only leaves a note: the step is finished and a checkpoint written first
+    handlers = {
+        number: signal.signal(number, lambda number, _: stopped_by.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    saved_step, history, begin, begin_step = None, [], time.perf_counter(), state.step
+    last_log, last_line = (begin, begin_step), 0.0
+    bar = tqdm(total=settings.steps, initial=state.step, unit="step", disable=None, dynamic_ncols=True)
+    try:
+        while state.step < settings.steps and not stopped_by:
+            losses, real, fake = train_step(state, settings, dataset, device)
+            history.append(losses)
+            bar.update()
+            is_last = state.step == settings.steps or bool(stopped_by)
+            log_now = state.step % settings.log_every == 0
+            save_now = state.step % settings.checkpoint_every == 0 or is_last
+            sample_now = state.step % settings.sample_every == 0 or is_last
+            if not (log_now or save_now or sample_now):
+                continue
+            recent = torch.stack(history).cpu() if history else torch.ones(1, 4)  # (steps since the last log, 4); waits
+            if not recent.isfinite().all():
+                first = int((~recent.isfinite().all(dim=1)).nonzero()[0])
+                raise FloatingPointError(
+                    f"the loss is not finite at step {state.step - len(history) + first + 1}; the last good checkpoint "
+                    f"is {saved_step or checkpoint_path or 'none yet'}; try lower --lr-d and --lr-g or --precision fp32"
+                )
+            if log_now:
+                now = time.perf_counter()
+                speed = (state.step - last_log[1]) * settings.n_critic * settings.batch_size / (now - last_log[0])
+                last_log = (now, state.step)
+                log_scalars(writer, state, settings, recent, real, fake, speed)
+                loss_d, loss_g = recent.mean(dim=0)[:2].tolist()
+                bar.set_postfix_str(f"critic {loss_d:.3g}, generator {loss_g:.3g}, {speed:.0f} images/s")
+                if bar.disable and now - last_line > 10:
+                    last_line = now
+                    left = (now - begin) / (state.step - begin_step) * (settings.steps - state.step)
+                    print(f"step {state.step}/{settings.steps}  critic {loss_d:.4g}  generator {loss_g:.4g}  "
+                          f"{speed:.0f} images/s  {format_time(left)} left", flush=True)  # fmt: skip
+                history.clear()
+            if sample_now:
+                write_samples(writer, state, settings, real, device)
+            if save_now:
+                writer.flush()  # what is logged must not be younger than the checkpoint it goes with
+                save_checkpoint(state, settings, made_by)
+                saved_step = out / f"checkpoint_{state.step:06d}.pt"
+    finally:
+        bar.close()
+        writer.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    took = format_time(time.perf_counter() - begin)
+    if stopped_by and state.step < settings.steps:
+        name = signal.Signals(stopped_by[0]).name
+        print(f"Stopped by {name} at step {state.step:,} after {took}; go on with: python Trainloop.py --resume {out}")
+        return 128 + stopped_by[0]
+    print(f"Finished step {state.step:,} after {took}; faces, checkpoints and TensorBoard files are in {out}, "
+          f"the newest faces in {out / 'samples.png'}")  # fmt: skip
+    return 0
+
+
+def main(argv=None):
+    try:
+        return train(*read_settings(argv))
+    except (ValueError, FileNotFoundError) as error:
+        status = 2
+        message = str(error)
+    except (OSError, FloatingPointError) as error:
+        status = 1
+        message = str(error)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        status = 1
+        message = (
+            f"out of memory ({str(error).splitlines()[0]}); use a smaller --batch-size, or --ngf, --ndf and --size"
+        )
+    except KeyboardInterrupt:
+        return 130
+    print(f"Trainloop.py: error: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
