@@ -271,12 +271,9 @@ def decode(data, size, crop):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
-    box = None
     if crop == "center":
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        box = (left, top, left + side, top + side)
-    return np.asarray(image.resize((size, size), CROPS[crop], box))
+        image = ImageOps.fit(image, (min(image.size),) * 2)  # the central square, cut out without any resampling
+    return np.asarray(image.resize((size, size), CROPS[crop]))
 
 
 def native_side(members, read):

@@ -65,7 +65,7 @@ def build_parser():
     add("--norm", choices=NORMS, default="layer", help="normalisation in the critic; batch only with --lipschitz clip")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=int, default=100_000, help="total number of steps, those before a resume included")
-    add("--batch-size", type=int, default=64, help="images in a batch")
+    add("--batch-size", type=int, default=32, help="images in a batch")
     add("--n-critic", type=int, default=5, help="critic updates in a step")
     add("--lipschitz", choices=["gp", "clip"], default="gp", help="gradient penalty or weight clipping")
     add("--gp", type=float, default=10.0, help="factor of the gradient penalty")
@@ -498,7 +498,7 @@ def train(settings, checkpoint=None, checkpoint_path=None):
     settings.data, settings.split = dataset.paths, dataset.split
     made_by = {
         "command": shlex.join(["python", *sys.argv]),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
         "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "images": len(dataset)},
     }
     if checkpoint:

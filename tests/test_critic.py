@@ -1,0 +1,118 @@
+import pytest
+import torch
+from torch import nn
+
+from Critic import NORMS, Critic, clip_weights, critic_loss, generator_loss, gradient_penalty
+from Generator import SIZES
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_one_score_for_each_image(size, norm):
+    scores = Critic(ndf=8, size=size, norm=norm)(torch.rand(2, 3, size, size) * 2 - 1)
+    assert scores.shape == (2,)
+    assert scores.dtype == torch.float32
+
+
+def test_widths_are_those_of_the_slides():
+    critic = Critic(ndf=64, size=128, norm="batch")
+    shapes = []
+    for layer in (*critic.from_rgb.values(), *critic.down.values()):
+        layer.register_forward_hook(lambda m, i, out: shapes.append(tuple(out.shape[1:])))
+    critic(torch.zeros(1, 3, 128, 128))
+    assert shapes == [(64, 64, 64), (128, 32, 32), (256, 16, 16), (512, 8, 8), (1024, 4, 4)]
+    assert len([m for m in critic.modules() if isinstance(m, nn.BatchNorm2d)]) == 4  # on all but the first
+
+
+def test_report_critic_has_the_published_number_of_parameters():
+    assert sum(p.numel() for p in Critic(128, 3, 128, "batch").parameters()) == 44_611_073
+
+
+def test_blocks_fit_into_the_critic_of_twice_the_size_by_name():
+    small, large = Critic(ndf=16, size=64).state_dict(), Critic(ndf=16, size=128).state_dict()
+    assert all(key.startswith("from_rgb.64") for key in small if key not in large)
+    assert all(small[key].shape == large[key].shape for key in small if key in large)
+
+
+@pytest.mark.parametrize("norm", ["layer", "none"])
+def test_without_batchnorm_a_score_does_not_depend_on_the_other_images(norm):
+    critic, images = Critic(ndf=8, size=32, norm=norm), torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(critic(images)[:1], critic(images[:1]), atol=1e-5, rtol=1e-5)
+
+
+def test_with_batchnorm_it_does():
+    critic, images = Critic(ndf=8, size=32, norm="batch"), torch.randn(4, 3, 32, 32)
+    assert not torch.allclose(critic(images)[:1], critic(images[:1]), atol=1e-5)
+
+
+def test_losses_have_the_right_sign():
+    real, fake = torch.tensor([3.0, 5.0]), torch.tensor([1.0, -1.0])
+    assert critic_loss(real, fake) == -4  # the critic does well: real images score higher
+    assert generator_loss(fake) == 0
+    assert generator_loss(fake + 1) < generator_loss(fake)  # the generator gains when its images score higher
+
+
+class Linear(nn.Module):
+    """score = weight . image, so the gradient is the weight wherever it is taken."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x):
+        return (x * self.weight).flatten(1).sum(dim=1)
+
+
+@pytest.mark.parametrize("norm, penalty", [(0.0, 1), (1.0, 0), (2.0, 1), (4.0, 9)])
+def test_penalty_of_a_linear_critic_is_exact(norm, penalty):
+    weight = torch.randn(3, 8, 8)
+    critic = Linear(weight / weight.norm() * norm)
+    real, fake, epsilon = torch.randn(5, 3, 8, 8), torch.randn(5, 3, 8, 8), torch.rand(5, 1, 1, 1)
+    assert gradient_penalty(critic, real, fake, epsilon).item() == pytest.approx(penalty, abs=1e-5)
+
+
+def test_penalty_is_taken_between_real_and_fake():
+    class Quadratic(nn.Module):
+        def forward(self, x):
+            return x.square().flatten(1).sum(dim=1) / 2  # its gradient is x itself
+
+    real, fake = torch.full((2, 1, 1, 1), 3.0), torch.zeros(2, 1, 1, 1)
+    epsilon = torch.tensor([1.0, 1 / 3]).view(2, 1, 1, 1)  # x = 3 and x = 1
+    assert gradient_penalty(Quadratic(), real, fake, epsilon).item() == pytest.approx(((3 - 1) ** 2 + 0) / 2)
+
+
+def test_penalty_reaches_the_weights():
+    critic = Critic(ndf=8, size=32, norm="layer")
+    images = torch.randn(2, 3, 32, 32)
+    gradient_penalty(critic, images, images + 1, torch.rand(2, 1, 1, 1)).backward()
+    assert critic.from_rgb["32"].weight.grad.abs().sum() > 0
+
+
+def test_penalty_with_batchnorm_is_refused_with_the_reason():
+    x = torch.randn(2, 3, 32, 32)
+    with pytest.raises(ValueError, match="--norm batch.*whole batch.*--norm layer"):
+        gradient_penalty(Critic(ndf=8, size=32, norm="batch"), x, x, torch.rand(2, 1, 1, 1))
+
+
+def test_clipping_bounds_every_parameter():
+    critic = Critic(ndf=8, size=32, norm="batch")
+    assert max(p.abs().max() for p in critic.parameters()) > 0.01
+    clip_weights(critic, 0.01)
+    assert max(p.abs().max().item() for p in critic.parameters()) == pytest.approx(0.01)
+
+
+def test_the_estimate_approaches_the_true_distance():
+    """Two grey images that differ by 1 in each of n numbers are a Wasserstein-1 distance of sqrt(n) apart."""
+    torch.manual_seed(0)
+    critic = Critic(ndf=4, size=32, norm="none")
+    optimizer = torch.optim.Adam(critic.parameters(), 2e-3, (0.0, 0.9))
+    real, fake = torch.full((8, 3, 32, 32), 0.5), torch.full((8, 3, 32, 32), -0.5)
+    distance = (3 * 32 * 32) ** 0.5  # 55.4
+    for _ in range(150):
+        loss = critic_loss(critic(real), critic(fake))
+        penalty = gradient_penalty(critic, real, fake, torch.rand(8, 1, 1, 1))
+        optimizer.zero_grad()
+        (loss + 10 * penalty).backward()
+        optimizer.step()
+    # With slope s the critic minimises -s * distance + 10 * (s - 1)**2, so s = 1 + distance / 20.
+    assert -loss.item() == pytest.approx(distance * (1 + distance / 20), rel=0.15)

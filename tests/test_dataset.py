@@ -1,0 +1,322 @@
+import io
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import Dataset
+from Dataset import CelebADataset, batch_indices, decode, draw_face, epoch_order, find_celeba, main, open_data
+
+ROOT = Path(__file__).parent.parent
+CELEBA = ROOT.parent / "shared" / "celeba"
+
+
+def jpeg(colour, size=(178, 218), kind="JPEG", mode="RGB"):
+    data = io.BytesIO()
+    Image.new(mode, size, colour).save(data, kind, quality=95)
+    return data.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """25 grey images, brighter by number, in a nested folder."""
+    images = tmp_path / "celeba" / "img_align_celeba"
+    images.mkdir(parents=True)
+    for i in range(25):
+        (images / f"{i:06d}.jpg").write_bytes(jpeg((i * 10, i * 10, i * 10)))
+    return tmp_path / "celeba"
+
+
+def make_zip(path, names, prefix="img_align_celeba/"):
+    with zipfile.ZipFile(path, "w") as archive:
+        for i, name in enumerate(names):
+            archive.writestr(prefix + name, jpeg((i * 10, 0, 0)))
+    return path
+
+
+def test_items_are_images_in_range(folder):
+    dataset = CelebADataset([folder], size=32)
+    assert len(dataset) == 25
+    assert dataset[0].shape == (3, 32, 32) and dataset[0].dtype == torch.float32
+    for i in (0, 7, 24):  # grey value i * 10 of 255
+        torch.testing.assert_close(dataset[i], torch.full((3, 32, 32), i * 10 / 127.5 - 1), atol=0.02, rtol=0)
+    assert dataset.batch([3, 1]).shape == (2, 3, 32, 32)
+    torch.testing.assert_close(dataset.batch([3, 1])[1], dataset[1])
+    with pytest.raises(IndexError):
+        dataset[25]
+
+
+def test_center_cuts_the_square_and_squash_keeps_everything():
+    image = np.zeros((218, 178, 3), np.uint8)
+    image[:20] = image[-20:] = 255  # exactly what the central square leaves out
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, "PNG")
+    assert decode(data.getvalue(), 64, "center").max() == 0
+    squashed = decode(data.getvalue(), 64, "squash")
+    assert squashed[0].min() == 255 and squashed[32].max() == 0
+
+
+def test_resizing_is_antialiased():
+    """One-pixel stripes become even grey; without antialiasing they would leave moire."""
+    stripes = np.zeros((256, 256, 3), np.uint8)
+    stripes[:, ::2] = 255
+    data = io.BytesIO()
+    Image.fromarray(stripes).save(data, "PNG")
+    for crop in ("center", "squash"):
+        inner = decode(data.getvalue(), 32, crop)[4:-4, 4:-4].astype(float)
+        assert abs(inner - 127.5).max() < 6
+
+
+def test_peoples_own_photos():
+    """Grey, transparent and rotated images are usable: transparency becomes white, EXIF turns are undone."""
+    assert decode(jpeg(100, (40, 40), "PNG", "L"), 32, "center").shape == (32, 32, 3)
+    assert decode(jpeg((0, 0, 0, 0), (40, 40), "PNG", "RGBA"), 32, "center").min() == 255
+    image = Image.new("RGB", (64, 64), "black")
+    image.paste("white", (0, 0, 64, 32))  # white on top
+    exif, data = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise, so the white half is on the right
+    image.save(data, "JPEG", exif=exif)
+    turned = decode(data.getvalue(), 32, "center")
+    assert turned[16, 28].min() > 200 and turned[16, 3].max() < 50
+
+
+def test_zips_folders_and_parts_are_the_same_data(folder, tmp_path):
+    files = sorted((folder / "img_align_celeba").iterdir())
+    whole, parts = tmp_path / "kaggle.zip", [tmp_path / "part1.zip", tmp_path / "part2.zip"]
+    for path, chosen, prefix in ((whole, files, "img_align_celeba/img_align_celeba/"),
+                                 (parts[0], files[:10], ""), (parts[1], files[10:], "")):  # fmt: skip
+        with zipfile.ZipFile(path, "w") as archive:
+            for file in chosen:
+                archive.write(file, prefix + file.name)
+    sets = [CelebADataset(paths, size=32) for paths in ([folder], [whole], parts, parts[::-1])]
+    assert len({dataset.fingerprint for dataset in sets}) == 1
+    for dataset in sets[1:]:
+        assert np.array_equal(dataset.images, sets[0].images)
+
+
+def test_pack_is_reused_and_rebuilt_when_a_file_changes(folder, capsys):
+    first = CelebADataset([folder], size=32)
+    assert "Packing 25 images" in capsys.readouterr().out
+    second = CelebADataset([folder], size=32)
+    assert capsys.readouterr().out == "" and second.cache_file == first.cache_file
+    assert CelebADataset([folder], size=64).cache_file != first.cache_file
+    capsys.readouterr()
+    changed = folder / "img_align_celeba" / "000000.jpg"
+    changed.write_bytes(jpeg((250, 250, 250)))
+    third = CelebADataset([folder], size=32)
+    assert "Packing" in capsys.readouterr().out
+    assert third[0].mean() > 0.9 and third.fingerprint != first.fingerprint
+    assert not first.cache_file.exists()  # nobody could ever use it again
+    (folder / "img_align_celeba" / "000025.jpg").write_bytes(jpeg((1, 2, 3)))
+    assert len(CelebADataset([folder], size=32)) == 26
+
+
+def test_moved_data_keeps_its_pack(folder, tmp_path, capsys):
+    CelebADataset([folder], size=32, cache=tmp_path / "cache")
+    folder = folder.rename(tmp_path / "elsewhere").rename(tmp_path / "celeba")
+    capsys.readouterr()
+    CelebADataset([folder], size=32, cache=tmp_path / "cache")
+    assert capsys.readouterr().out == ""
+
+
+def test_read_only_data_falls_back_to_the_users_cache(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    tmp_path.chmod(0o555)
+    try:
+        (tmp_path / "home").mkdir(exist_ok=True) if os.geteuid() == 0 else None
+        dataset = CelebADataset([folder], size=32, cache=None)
+    except ValueError:
+        pytest.skip("only root can write into the test's own read-only folder")
+    finally:
+        tmp_path.chmod(0o755)
+    assert dataset.cache_file.parent == tmp_path / "home" / "facefusion"
+
+
+def test_full_disk_is_foreseen(folder, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(ValueError, match="0.0 GB are free.*--cache DIR"):
+        CelebADataset([folder], size=32)
+    assert not list(folder.parent.glob("*.u8"))
+
+
+def test_nothing_larger_than_the_original_is_stored(folder):
+    dataset = CelebADataset([folder], size=256)
+    assert dataset.images.shape == (25, 178, 178, 3)
+    assert dataset.batch([0, 1]).shape == (2, 3, 256, 256)
+
+
+def test_broken_and_tiny_images_are_named_and_left_out(folder, capsys):
+    images = folder / "img_align_celeba"
+    for i in range(25, 98):
+        (images / f"{i:06d}.jpg").write_bytes(jpeg((9, 9, 9)))
+    (images / "text.jpg").write_text("this is not a picture")
+    (images / "tiny.png").write_bytes(jpeg((0, 0, 0), (1, 1), "PNG"))
+    (images / "torn.jpg").write_bytes(jpeg((0, 0, 0))[:300])
+    dataset = CelebADataset([folder], size=32)
+    assert len(dataset) == 98 and len(dataset.skipped) == 3
+    out = capsys.readouterr().out
+    assert "Left out 3 of 101" in out
+    assert all(name in out for name in ("text.jpg", "tiny.png (only 1x1 pixels)", "torn.jpg"))
+
+
+def test_too_many_broken_images_are_an_error_and_leave_no_pack(folder):
+    for i in range(3):
+        (folder / "img_align_celeba" / f"bad{i}.jpg").write_text("no picture")
+    with pytest.raises(ValueError, match="3 of 28 images cannot be used, more than 5%.*bad0.jpg"):
+        CelebADataset([folder], size=32)
+    assert [p.name for p in folder.parent.iterdir()] == ["celeba"]
+
+
+def test_a_damaged_member_of_a_zip_is_left_out(tmp_path):
+    path = make_zip(tmp_path / "faces.zip", [f"{i:03d}.jpg" for i in range(25)])
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        offset = archive.getinfo("img_align_celeba/003.jpg").header_offset
+    data[offset + 200] ^= 255  # inside the image's bytes: the checksum no longer holds
+    path.write_bytes(data)
+    dataset = CelebADataset([path], size=32)
+    assert len(dataset) == 24 and "003.jpg" in dataset.skipped[0]
+
+
+def test_impossible_data_is_refused_with_what_was_expected(tmp_path):
+    (tmp_path / "empty").mkdir()
+    torn = make_zip(tmp_path / "torn.zip", ["1.jpg", "2.jpg"])
+    torn.write_bytes(torn.read_bytes()[:-40])
+    (tmp_path / "zips").mkdir()
+    make_zip(tmp_path / "zips" / "a.zip", ["1.jpg"])
+    for path, words in (("missing", "no such file or folder.*img_align_celeba/000001.jpg"),
+                        ("empty", r"no images found.*\*\.webp"), ("torn.zip", "not a whole zip"),
+                        ("zips", "holds zips")):  # fmt: skip
+        with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
+            CelebADataset([tmp_path / path], size=32)
+        assert path in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_script_reports_bad_input_in_one_line(tmp_path, capsys):
+    assert main(["--data", str(tmp_path / "missing")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Dataset.py: error: --data") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv"])
+@pytest.mark.parametrize("place", ["beside", "inside the zip"])
+def test_splits_follow_the_partition_list(tmp_path, kind, place):
+    path = make_zip(tmp_path / "archive.zip", [f"{i:03d}.jpg" for i in range(10)])
+    rows = [(f"{i:03d}.jpg", 0 if i < 6 else 1 if i < 9 else 2) for i in range(10)]
+    text = "\n".join(f"{n} {s}" for n, s in rows)
+    if kind == "csv":
+        text = "image_id,partition\n" + "\n".join(f"{n},{s}" for n, s in rows)
+    if place == "beside":
+        (tmp_path / f"list_eval_partition.{kind}").write_text(text)
+    else:
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(f"list_eval_partition.{kind}", text)
+    sizes = {split: len(CelebADataset([path], size=32, split=split)) for split in ("all", "train", "val", "test")}
+    assert sizes == {"all": 10, "train": 6, "val": 3, "test": 1}
+    reds = CelebADataset([path], size=32, split="val").batch(range(3))[:, 0].mean((1, 2))
+    torch.testing.assert_close(reds, torch.tensor([60.0, 70, 80]) / 127.5 - 1, atol=0.03, rtol=0)
+
+
+def test_split_without_a_list_is_refused(folder):
+    with pytest.raises(ValueError, match="--split val.*list_eval_partition"):
+        CelebADataset([folder], size=32, split="val")
+
+
+def test_every_epoch_has_every_image_once_in_its_own_order():
+    batches = [batch_indices(10, 3, start, 4) for start in range(0, 40, 4)]  # batches cross the epochs' borders
+    order = torch.cat(batches).view(4, 10)
+    assert all(sorted(epoch.tolist()) == list(range(10)) for epoch in order)
+    assert len({tuple(epoch.tolist()) for epoch in order}) == 4
+    assert torch.equal(batch_indices(10, 3, 17, 5), order.flatten()[17:22])  # needs nothing but the position
+    assert not torch.equal(epoch_order(10, 3, 0), epoch_order(10, 4, 0))
+    assert torch.cat([batch_indices(3, 0, 0, 8)]).bincount().tolist() in ([3, 3, 2], [3, 2, 3], [2, 3, 3])
+
+
+def test_order_does_not_depend_on_process_or_global_random_state():
+    code = "import torch; torch.manual_seed(9); from Dataset import epoch_order; print(epoch_order(20, 1, 2).tolist())"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert epoch_order(20, 1, 2).tolist() == eval(out)
+
+
+def test_two_processes_may_pack_at_once(folder):
+    code = (
+        f"from Dataset import CelebADataset; d = CelebADataset([{str(folder)!r}], size=32); print(len(d), d[7].mean())"
+    )
+    runs = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in (1, 2)]
+    outs = [run.communicate()[0].splitlines()[-1] for run in runs]
+    assert outs[0] == outs[1] and outs[0].startswith("25 ")
+    assert not list(folder.parent.glob("*tmp*"))
+
+
+def test_what_a_killed_process_left_is_removed(folder):
+    CelebADataset([folder], size=32)
+    pack = next(folder.parent.glob("*.u8"))
+    left = pack.with_name(pack.stem + ".tmp-99999")
+    left.write_bytes(b"half")
+    os.utime(left, (time.time() - 3600,) * 2)
+    pack.with_suffix(".json").unlink()
+    CelebADataset([folder], size=32)
+    assert not left.exists()
+
+
+def test_drawn_faces_are_the_same_everywhere_and_all_different():
+    faces = np.stack([draw_face(i, 32) for i in range(40)])
+    assert np.array_equal(faces[7], draw_face(7, 32))
+    assert len({face.tobytes() for face in faces}) == 40
+    assert faces.std(axis=0).mean() > 30  # of 255: they vary
+    # The same face at another size is the same picture.
+    large = np.asarray(Image.fromarray(draw_face(7, 128)).resize((32, 32), Image.Resampling.BOX), float)
+    assert np.abs(large - faces[7]).mean() < 6
+
+
+def test_without_celeba_faces_are_drawn_and_it_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Dataset, "DRAWN_COUNT", 20)
+    dataset = open_data(None, size=32)
+    assert dataset.name == "drawn" and len(dataset) == 20 and dataset.paths == ["drawn"]
+    line = capsys.readouterr().out.splitlines()[0]
+    assert "No CelebA" in line and "--download" in line and "kaggle" in line
+    make_zip(tmp_path / "data" / "archive.zip", [f"{i:03d}.jpg" for i in range(10)])
+    assert find_celeba() == ["data/archive.zip"]
+    assert len(open_data(None, size=32)) == 10
+
+
+def test_moving_to_a_device_changes_nothing(folder):
+    dataset = CelebADataset([folder], size=32)
+    before = dataset.batch([5, 3, 5])
+    assert torch.equal(dataset.to("cpu").batch([5, 3, 5]), before)
+
+
+def test_script_writes_the_reports_grid(folder, tmp_path, capsys):
+    assert main(["--data", str(folder), "--size", "32", "--out", str(tmp_path / "grid.png")]) == 0
+    assert "25 images" in capsys.readouterr().out
+    assert Image.open(tmp_path / "grid.png").size == (5 * 36 + 4, 3 * 36 + 4)
+
+
+def test_download_says_what_to_do_by_hand_where_the_drive_refuses(monkeypatch, tmp_path):
+    import torchvision.datasets
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("Too many users have viewed or downloaded this file recently.\nmore")
+
+    monkeypatch.setattr(torchvision.datasets, "CelebA", refuse)
+    with pytest.raises(ValueError, match="Too many users.*kaggle.com.*archive.zip") as caught:
+        Dataset.download(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not CELEBA.is_dir(), reason="the original CelebA images are not here")
+def test_real_celeba(tmp_path):
+    dataset = CelebADataset([CELEBA / "img_align_celeba_val.zip"], size=32, split="val", cache=tmp_path)
+    assert len(dataset) == 3000 and not dataset.skipped
+    start = time.perf_counter()
+    CelebADataset([CELEBA / "img_align_celeba_val.zip"], size=32, split="val", cache=tmp_path)
+    assert time.perf_counter() - start < 1

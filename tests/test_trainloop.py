@@ -1,0 +1,439 @@
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import Trainloop
+from Dataset import draw_face
+from Generator import Generator, read_model_file
+from Trainloop import (
+    build_state,
+    checkpoint_of,
+    critic_step,
+    draw_noise,
+    generator_step,
+    main,
+    read_settings,
+    resolve_precision,
+    train_step,
+    update_ema,
+)
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--size=32", "--ngf=8", "--ndf=8", "--batch-size=4", "--n-critic=2", "--device=cpu"]
+TINY += ["--log-every=2", "--sample-every=3"]
+
+
+@pytest.fixture(scope="session")
+def faces(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "faces"
+    folder.mkdir()
+    for i in range(30):
+        Image.fromarray(draw_face(i, 32)).save(folder / f"{i:03d}.png")
+    return folder
+
+
+@pytest.fixture
+def tiny(faces, tmp_path, monkeypatch):
+    """Run Trainloop.main in an empty folder with small networks; returns (call, folder)."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *args: main([*TINY, "--data", str(faces), *map(str, args)])
+
+
+def settings_of(*args):
+    return read_settings([*TINY, "--precision", "fp32", *args])[0]
+
+
+def equal(a, b):
+    """Exact equality of nested dicts and lists of tensors."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def scalars(folder, tag="loss/critic"):
+    events = EventAccumulator(str(folder)).Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+def image_steps(folder):
+    return [event.step for event in EventAccumulator(str(folder)).Reload().Images("samples/generated")]
+
+
+# ---- settings -------------------------------------------------------------------------------------------------
+
+
+def test_report_preset_is_the_published_recipe(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    settings, _, _ = read_settings(["--preset", "report"])
+    expected = {
+        "size": 128, "crop": "squash", "split": "all", "flip": False, "nz": 100, "ngf": 128, "ndf": 128,
+        "stem_norm": False, "norm": "batch", "lipschitz": "clip", "clip": 0.01, "n_critic": 1, "batch_size": 32,
+        "optimizer": "adam", "lr_g": 5e-5, "lr_d": 5e-5, "betas": [0.9, 0.999], "ema": 0.0, "precision": "fp32",
+        "log_every": 50, "checkpoint_every": 6000,
+    }  # fmt: skip
+    assert {name: getattr(settings, name) for name in expected} == expected
+    state = build_state(settings, torch.device("cpu"))
+    assert sum(p.numel() for p in state.generator.parameters()) == 20_362_819
+    assert sum(p.numel() for p in state.critic.parameters()) == 44_611_073
+    assert state.ema is None
+
+
+def test_a_flag_beside_a_preset_wins(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    settings, _, _ = read_settings(["--batch-size", "7", "--preset", "report", "--flip"])
+    assert (settings.batch_size, settings.flip, settings.ngf) == (7, True, 128)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--lipschitz gp --norm batch", "--norm batch.*whole batch"), ("--batch-size 0", "--batch-size 0"),
+    ("--lr-g -1", "--lr-g -1"), ("--lr-d nan", "--lr-d nan"), ("--ema 1", "--ema 1"), ("--betas 0 1", "--betas 0.0 1"),
+    ("--resume nowhere", "--resume nowhere"), ("--resume latest", "--resume latest: no checkpoint in runs"),
+    ("--data nowhere", "--data nowhere"), ("--device cuda:99", "--device cuda:99"), ("--seed -1", "--seed -1"),
+])  # fmt: skip
+def test_impossible_settings_are_one_line_and_status_2(flags, words, monkeypatch, tmp_path, capsys):
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    assert main([*TINY, *flags.split()]) == 2
+    err = capsys.readouterr().err
+    assert re.search(words, err) and err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+# ---- one step -------------------------------------------------------------------------------------------------
+
+
+def test_noise_is_a_pure_function_of_seed_and_step():
+    settings = settings_of()
+    assert equal(draw_noise(settings, 5), draw_noise(settings, 5))
+    assert not equal(draw_noise(settings, 5)["z"], draw_noise(settings, 6)["z"])
+    assert not equal(draw_noise(settings, 5)["z"], draw_noise(settings_of("--seed", "1"), 5)["z"])
+    z = torch.cat([draw_noise(settings, step)["z"].flatten() for step in range(50)])
+    assert z.mean().abs() < 0.02 and (z.std() - 1).abs() < 0.02
+    flips = torch.cat([draw_noise(settings, step)["flip"].flatten() for step in range(200)]).float()
+    assert 0.4 < flips.mean() < 0.6
+    assert not draw_noise(settings_of("--no-flip"), 1)["flip"].any()
+
+
+@pytest.mark.parametrize("flags", ["--lipschitz clip --norm batch", "--optimizer rmsprop --lipschitz clip"])
+def test_weights_are_clipped_after_a_step(flags):
+    settings = settings_of(*flags.split())
+    state = build_state(settings, torch.device("cpu"))
+    critic_step(state, settings, torch.rand(4, 3, 32, 32), torch.randn(4, 100), None)
+    assert max(p.abs().max().item() for p in state.critic.parameters()) <= 0.01 + 1e-9
+
+
+def test_critic_learns_to_rank_and_generator_to_please():
+    """Against a fixed other player each network improves its own score: the signs are right."""
+    settings = settings_of("--lr-d", "0.001", "--lr-g", "0.001", "--gp", "1")
+    state = build_state(settings, torch.device("cpu"))
+    z, epsilon = torch.randn(8, 100), torch.rand(8, 1, 1, 1)
+    real = torch.rand(8, 3, 32, 32)
+    estimates = [critic_step(state, settings, real, z, epsilon)[1].item() for _ in range(12)]
+    assert estimates[-1] > estimates[0] + 1
+    critic_before = [p.clone() for p in state.critic.parameters()]
+    losses = [generator_step(state, settings, z)[0].item() for _ in range(12)]
+    assert losses[-1] < losses[0]
+    assert equal(critic_before, list(state.critic.parameters()))  # the generator's step leaves the critic alone
+    assert all(p.requires_grad for p in state.critic.parameters())
+
+
+def test_critic_step_leaves_the_generators_weights_alone():
+    settings = settings_of()
+    state = build_state(settings, torch.device("cpu"))
+    before = [p.clone() for p in state.generator.parameters()]
+    critic_step(state, settings, torch.rand(4, 3, 32, 32), torch.randn(4, 100), torch.rand(4, 1, 1, 1))
+    assert equal(before, list(state.generator.parameters()))
+    assert all(p.grad is None for p in state.generator.parameters())
+
+
+def test_a_step_is_n_critic_updates_and_one_of_the_generator():
+    settings = settings_of("--n-critic", "3")
+    state = build_state(settings, torch.device("cpu"))
+
+    class Grey:
+        def __len__(self):
+            return 10
+
+        def pixels(self, indices):
+            return torch.full((len(indices), 3, 32, 32), 99, dtype=torch.uint8)
+
+    train_step(state, settings, Grey(), torch.device("cpu"))
+    train_step(state, settings, Grey(), torch.device("cpu"))
+    assert state.step == 2
+    assert {int(s["step"]) for s in state.optim_d.state.values()} == {6}
+    assert {int(s["step"]) for s in state.optim_g.state.values()} == {2}
+
+
+def test_ema_follows_weights_and_statistics_and_copies_counters():
+    ema, network = Generator(ngf=8, size=32), Generator(ngf=8, size=32)
+    network(torch.randn(4, 100))  # changes BatchNorm's statistics and counter
+    expected = {
+        key: torch.lerp(other, mine, 0.9) if mine.is_floating_point() else other.clone()
+        for (key, mine), other in zip(ema.state_dict().items(), network.state_dict().values(), strict=True)
+    }
+    update_ema(ema, network, 0.9)
+    for key, value in ema.state_dict().items():
+        torch.testing.assert_close(value, expected[key])
+    assert ema.stem_norm.num_batches_tracked == 1
+
+
+def test_same_initial_weights_whatever_was_drawn_before():
+    settings = settings_of()
+    torch.rand(5)
+    first = build_state(settings, torch.device("cpu"))
+    torch.rand(3)
+    assert equal(first.generator.state_dict(), build_state(settings, torch.device("cpu")).generator.state_dict())
+
+
+# ---- checkpoints and resume -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [
+    "--precision fp32", "--precision bf16 --norm none", "--preset report --size 32 --ngf 8 --ndf 8 --batch-size 4",
+    "--optimizer rmsprop --lipschitz clip --ema 0",
+])  # fmt: skip
+def test_2n_steps_equal_n_resume_n_bit_for_bit(tiny, tmp_path, flags):
+    flags = flags.split()
+    assert tiny(*flags, "--steps", 8, "--out", "whole", "--checkpoint-every", 100) == 0
+    assert tiny(*flags, "--steps", 4, "--out", "parts", "--checkpoint-every", 100) == 0
+    assert main(["--resume", "parts", "--steps", "8", "--device", "cpu"]) == 0  # settings come from the checkpoint
+    whole, parts = (read_model_file(tmp_path / run / "checkpoint_000008.pt") for run in ("whole", "parts"))
+    for key in ("generator", "critic", "ema", "optim_g", "optim_d", "rng", "step"):
+        assert equal(whole[key], parts[key]), key
+    for tag in ("loss/critic", "loss/generator", "critic/wasserstein", "generator/diversity"):
+        assert scalars("whole", tag) == scalars("parts", tag)
+    assert image_steps("whole") == [3, 6, 8]
+    assert image_steps("parts") == [3, 4, 6, 8]  # 4: the end of the first part
+    assert (tmp_path / "whole/samples.png").read_bytes() == (tmp_path / "parts/samples.png").read_bytes()
+
+
+def test_a_checkpoint_is_plain_and_complete(tiny, tmp_path):
+    assert tiny("--steps", 1, "--out", "run") == 0
+    file = torch.load(tmp_path / "run/checkpoint_000001.pt", weights_only=True)
+    assert {"format", "step", "settings", "generator", "critic", "ema", "optim_g", "optim_d", "rng"} <= set(file)
+    assert file["step"] == 1 and file["settings"]["n_critic"] == 2
+    assert {"command", "versions", "data"} <= set(file["made_by"])
+    small = torch.load(tmp_path / "run/generator_000001.pt", weights_only=True)
+    assert equal(small["generator"]["state"], file["ema"]) and "critic" not in small
+    z = torch.randn(2, 100)
+    loads = [Generator.load(tmp_path / f"run/{kind}_000001.pt")(z) for kind in ("checkpoint", "generator")]
+    assert torch.equal(*loads)
+
+
+def test_all_generators_but_only_the_last_checkpoints_are_kept(tiny, tmp_path):
+    assert tiny("--steps", 9, "--out", "run", "--checkpoint-every", 2, "--keep", 2) == 0
+    names = sorted(p.name for p in (tmp_path / "run").glob("*.pt"))
+    assert names == ["checkpoint_000008.pt", "checkpoint_000009.pt"] + [
+        f"generator_{i:06d}.pt" for i in (2, 4, 6, 8, 9)
+    ]
+
+
+def test_runs_are_numbered_and_latest_is_the_newest(tiny, tmp_path):
+    assert tiny("--steps", 1) == 0 and tiny("--steps", 1, "--seed", 1) == 0
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["0001-faces-32px-gp", "0002-faces-32px-gp"]
+    assert main(["--resume", "latest", "--steps", "2", "--device", "cpu"]) == 0
+    assert (tmp_path / "runs/0002-faces-32px-gp/checkpoint_000002.pt").is_file()
+
+
+def test_auto_starts_goes_on_and_ends_as_a_requeued_job_needs(tiny, tmp_path, capsys):
+    command = ["--out", "run", "--resume", "auto", "--precision", "auto"]
+    assert tiny(*command, "--steps", 2) == 0
+    assert tiny(*command, "--steps", 4) == 0
+    assert "Going on from step 2" in capsys.readouterr().out
+    assert tiny(*command, "--steps", 4) == 0
+    assert "Nothing to do" in capsys.readouterr().out
+
+
+def test_settings_that_contradict_the_checkpoint_are_refused_naming_both(tiny, faces, tmp_path, capsys):
+    assert tiny("--steps", 2, "--out", "run") == 0
+    for flags, words in (
+        ("--lr-g 0.5", ("--lr-g 0.5", "--lr-g 0.0001")),
+        ("--ngf 16", ("--ngf 16", "--ngf 8")),
+        ("--seed 3", ("--seed 3", "--seed 0")),
+        ("--preset report", ("--size 128", "--size 32")),
+    ):
+        assert main(["--resume", "run", "--steps", "3", "--device", "cpu", *flags.split()]) == 2
+        err = capsys.readouterr().err
+        assert all(word in err for word in words) and err.count("\n") == 1
+    other = tmp_path / "other"
+    shutil.copytree(faces, other)
+    (other / "000.png").unlink()
+    assert main(["--resume", "run", "--steps", "3", "--device", "cpu", "--data", str(other)]) == 2
+    assert "29 images" in (err := capsys.readouterr().err) and "30 others" in err
+    moved = tmp_path / "moved"
+    shutil.copytree(faces, moved)
+    assert main(["--resume", "run", "--steps", "3", "--device", "cpu", "--data", str(moved)]) == 0
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tiny, capsys):
+    assert tiny("--steps", 1, "--out", "run") == 0
+    assert tiny("--steps", 1, "--out", "run") == 2
+    assert "--resume latest" in capsys.readouterr().err
+
+
+def test_going_back_to_an_older_checkpoint_needs_a_new_folder(tiny, tmp_path, capsys):
+    assert tiny("--steps", 4, "--out", "run", "--checkpoint-every", 2) == 0
+    assert main(["--resume", "run/checkpoint_000002.pt", "--steps", "3", "--device", "cpu"]) == 2
+    assert "checkpoint_000004.pt" in capsys.readouterr().err
+    assert main(["--resume", "run/checkpoint_000002.pt", "--steps", "3", "--device", "cpu", "--out", "branch"]) == 0
+    assert (tmp_path / "branch/checkpoint_000003.pt").is_file()
+
+
+def test_a_torn_checkpoint_is_passed_over(tiny, tmp_path, capsys):
+    assert tiny("--steps", 4, "--out", "run", "--checkpoint-every", 2) == 0
+    torn = tmp_path / "run/checkpoint_000004.pt"
+    torn.write_bytes(torn.read_bytes()[:1000])
+    assert main(["--resume", "run", "--steps", "6", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "torn" in out and "Going on from step 2" in out
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tiny, tmp_path, monkeypatch, capsys):
+    real_save = torch.save
+
+    def full(content, file):
+        if content["step"] == 4:
+            file.write(b"x" * 1000)
+            raise OSError(28, "No space left on device")
+        real_save(content, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    assert tiny("--steps", 6, "--out", "run", "--checkpoint-every", 2) == 1
+    assert "No space left" in (err := capsys.readouterr().err) and err.count("\n") == 1
+    assert [p.name for p in (tmp_path / "run").glob("*4*")] == [] and not list((tmp_path / "run").glob(".*"))
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert main(["--resume", "run", "--steps", "3", "--device", "cpu"]) == 0
+
+
+def test_a_non_finite_loss_stops_with_its_step_and_keeps_the_checkpoint(tiny, tmp_path, monkeypatch, capsys):
+    real_step = Trainloop.critic_step
+
+    def poisoned(state, settings, real, z, epsilon):
+        loss, *rest = real_step(state, settings, real, z, epsilon)
+        return (loss * float("nan") if state.step == 4 else loss, *rest)
+
+    monkeypatch.setattr(Trainloop, "critic_step", poisoned)
+    assert tiny("--steps", 20, "--out", "run", "--checkpoint-every", 3, "--log-every", 10) == 1
+    err = capsys.readouterr().err
+    assert "at step 5;" in err and "checkpoint_000003.pt" in err and "--lr-d" in err and err.count("\n") == 1
+    assert Trainloop.newest_checkpoint(tmp_path / "run")[1]["step"] == 3
+
+
+def test_out_of_memory_names_the_batch_size(tiny, monkeypatch, capsys):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(Trainloop, "critic_step", full)
+    assert tiny("--steps", 2) == 1
+    assert "--batch-size" in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
+def test_dry_run_prints_and_writes_nothing(tiny, tmp_path, capsys):
+    assert tiny("--dry-run") == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("parameters", "memory", "disk", "hours"))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- the real command -----------------------------------------------------------------------------------------
+
+
+def start(faces, tmp_path, *args):
+    command = [sys.executable, str(ROOT / "Trainloop.py"), *TINY, "--data", str(faces), *map(str, args)]
+    return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition, run, seconds=120):
+    end = time.time() + seconds
+    while not condition() and run.poll() is None and time.time() < end:
+        time.sleep(0.02)
+    assert condition(), run.communicate()[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+def test_a_signal_ends_in_a_checkpoint(faces, tmp_path, number):
+    run = start(faces, tmp_path, "--steps", 10**6, "--out", "run", "--checkpoint-every", 5)
+    wait_for(lambda: list(tmp_path.glob("run/checkpoint_*.pt")), run)
+    run.send_signal(number)
+    out = run.communicate(timeout=60)[0]
+    assert run.returncode == 128 + number and "--resume run" in out and "Traceback" not in out
+    path, file = Trainloop.newest_checkpoint(tmp_path / "run")
+    assert f"at step {file['step']:,}" in out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_kill_9_in_a_checkpoint_loses_nothing_before_it(faces, tmp_path, monkeypatch):
+    """Checkpoints after every step keep the process inside torch.save most of the time; kill it there."""
+    run = start(faces, tmp_path, "--steps", 10**6, "--out", "run", "--checkpoint-every", 1)
+    wait_for(lambda: len(list(tmp_path.glob("run/generator_*.pt"))) > 4 and list(tmp_path.glob("run/.*.tmp")), run)
+    run.kill()
+    run.wait()
+    path, file = Trainloop.newest_checkpoint(tmp_path / "run")
+    step = file["step"]
+    assert step >= 3
+    monkeypatch.chdir(tmp_path)
+    assert main(["--resume", "run", "--steps", str(step + 2), "--device", "cpu", "--checkpoint-every", "1"]) == 0
+    assert not list(tmp_path.glob("run/.*.tmp"))
+    steps = list(scalars("run"))
+    assert steps == sorted(set(steps)) and steps == list(range(2, step + 3, 2))  # no gap and no double
+
+
+def test_the_real_command_trains_on_drawn_faces_in_an_empty_folder(tmp_path):
+    command = [sys.executable, str(ROOT / "Trainloop.py"), *TINY, "--steps", "3"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "No CelebA" in run.stdout and "Finished step 3" in run.stdout
+    folder = next((tmp_path / "runs").iterdir())
+    assert Image.open(folder / "samples.png").size == (8 * 34 + 2, 4 * 34 + 2)
+    events = EventAccumulator(str(folder)).Reload()
+    expected = {"loss/critic", "loss/generator", "critic/wasserstein", "critic/gradient_penalty",
+                "critic/gradient_norm", "generator/gradient_norm", "generator/diversity",
+                "speed/images_per_second"}  # fmt: skip
+    assert set(events.Tags()["scalars"]) == expected
+    assert set(events.Tags()["images"]) == {"samples/generated", "samples/real"}
+    assert b"batch_size" in events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_diversity_is_zero_when_all_images_are_alike():
+    same = torch.rand(1, 3, 8, 8).expand(6, 3, 8, 8)
+    assert Trainloop.spread(same) < 1e-6
+    assert Trainloop.spread(torch.rand(6, 3, 8, 8)) > 0.2
+    assert Trainloop.spread(same[:1]) == 0  # one image: no spread, and no NaN
+
+
+def test_precision_auto_is_fp32_without_matrix_units(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False}, raising=False)
+    assert resolve_precision("auto", cpu) == "fp32"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    assert resolve_precision("auto", cpu) == "bf16"
+    assert resolve_precision("fp32", cpu) == "fp32"
+
+
+def test_checkpoint_holds_plain_types_only(faces):
+    settings = settings_of()
+    content = checkpoint_of(build_state(settings, torch.device("cpu")), settings, {"command": "x"})
+
+    def plain(value):
+        if isinstance(value, dict):
+            return all(map(plain, value.values()))
+        if isinstance(value, list | tuple):
+            return all(map(plain, value))
+        return value is None or type(value) in (torch.Tensor, int, float, str, bool)
+
+    assert plain(content)
