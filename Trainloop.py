@@ -33,8 +33,8 @@ PRESETS = {
     },
     # Something to look at after about five minutes on two CPU cores.
     "quick": {
-        "size": 64, "ngf": 16, "ndf": 16, "batch_size": 32, "n_critic": 1, "lr_g": 4e-4, "lr_d": 8e-4, "ema": 0.99,
-        "steps": 2500, "log_every": 25, "sample_every": 250, "checkpoint_every": 500,
+        "size": 64, "ngf": 16, "ndf": 16, "batch_size": 16, "n_critic": 1, "lr_g": 4e-4, "lr_d": 8e-4, "ema": 0.99,
+        "steps": 1500, "log_every": 25, "sample_every": 100, "checkpoint_every": 500,
     },
 }  # fmt: skip
 # Settings that a resumed run may change: they change where, how long and how fast, not what is trained.
