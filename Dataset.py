@@ -57,15 +57,17 @@ def add_data_flags(parser):
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that decode images when packing")
 
 
+def choose_paths(data, quiet=False):
+    """Return the paths that the value of --data means: itself, else CelebA from data/, else the drawn faces."""
+    paths = data or find_celeba()
+    if paths is None and not quiet:
+        print(f"No CelebA in data/, so drawn faces are used; {HOW_TO_GET_CELEBA}.")
+    return [Path(path) for path in paths or ["drawn"]]
+
+
 def open_data(data, size=128, crop="center", split="all", cache=None, workers=None, quiet=False):
     """Return the CelebADataset that the data flags name; without --data CelebA from data/, else drawn faces."""
-    if data is None:
-        data = find_celeba()
-        if data is None:
-            data = ["drawn"]
-            if not quiet:
-                print(f"No CelebA in data/, so drawn faces are used; {HOW_TO_GET_CELEBA}.")
-    return CelebADataset(data, size, crop, split, cache, workers, quiet)
+    return CelebADataset(choose_paths(data, quiet), size, crop, split, cache, workers, quiet)
 
 
 def find_celeba(root="data"):
@@ -99,17 +101,17 @@ class CelebADataset(torch.utils.data.Dataset):
             raise ValueError(f"--split {split}: choose one of all, {', '.join(SPLITS)}")
         paths = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
         self.paths = [str(path) for path in paths]
-        self.drawn = self.paths == ["drawn"]
-        self.size, self.crop, self.split = size, crop, "all" if self.drawn else split
-        self.name = "drawn" if self.drawn else re.sub(r"\W+", "-", paths[0].resolve().stem)
+        drawn = is_drawn(paths)
+        self.size, self.crop, self.split = size, crop, "all" if drawn else split
+        self.name = "drawn" if drawn else re.sub(r"\W+", "-", paths[0].resolve().stem)
 
-        sources = ["drawn", DRAWN_COUNT] if self.drawn else [describe_source(path) for path in paths]
+        sources = ["drawn", DRAWN_COUNT] if drawn else [describe_source(path) for path in paths]
         key = hashlib.sha256(json.dumps([CACHE_VERSION, size, crop, sources]).encode()).hexdigest()[:16]
         file_name = f"{self.name}-{size}px-{crop}-{key}"
         folders = cache_folders(paths, cache)
         index_file = next((f / (file_name + ".json") for f in folders if (f / (file_name + ".json")).is_file()), None)
         if index_file is None:
-            index_file = pack(paths, self.drawn, size, crop, folders, file_name, workers, quiet)
+            index_file = pack(paths, size, crop, folders, file_name, workers, quiet)
         index = json.loads(index_file.read_text(encoding="utf-8"))
         self.cache_file = index_file.with_suffix(".u8")
         self.skipped = index["skipped"]
@@ -221,7 +223,7 @@ def cache_folders(paths, cache):
     """Return the folders where packed images may lie, the preferred one first."""
     if cache is not None:
         return [Path(cache)]
-    beside = Path("data") if str(paths[0]) == "drawn" else paths[0].resolve().parent
+    beside = Path("data") if is_drawn(paths) else paths[0].resolve().parent
     return [beside, Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "facefusion"]
 
 
@@ -276,12 +278,12 @@ def decode(data, size, crop):
     return np.asarray(image.resize((size, size), CROPS[crop]))
 
 
-def native_side(members, read):
+def native_side(members):
     """Return the largest shorter side, in pixels, among a few of the images: storing more would be invention."""
     sides = [SMALLEST_SIDE]
     for member in members[:: max(1, len(members) // 32)]:
         try:
-            sides.append(min(Image.open(io.BytesIO(read(member))).size))
+            sides.append(min(Image.open(io.BytesIO(read_member(member))).size))
         except Exception:  # counted when it is packed
             continue
     return max(sides)
@@ -293,7 +295,25 @@ def read_member(member):
     return archive.read(name) if archive else (path / name).read_bytes()
 
 
-def pack(paths, drawn, size, crop, folders, file_name, workers, quiet):
+def survey(paths, size):
+    """Return what packing would store: (name, path, zip or None) of each image, a zip's partition list, side in pixels.
+
+    The pack takes len(images) * side * side * 3 bytes. Raises ValueError where there are no images.
+    """
+    if is_drawn(paths):
+        return [(str(i), None, None) for i in range(DRAWN_COUNT)], {}, min(size, DRAWN_SIDE)
+    members, partition = list_members(paths)
+    if not members:
+        zips = " (it holds zips: name them instead)" if any(any(p.glob("*.zip")) for p in paths) else ""
+        raise ValueError(f"--data {' '.join(map(str, paths))}: no images found{zips}; {EXPECTED}")
+    return members, partition, min(size, native_side(members))
+
+
+def is_drawn(paths):
+    return [str(path) for path in paths] == ["drawn"]
+
+
+def pack(paths, size, crop, folders, file_name, workers, quiet):
     """Decode all images into FILE_NAME.u8 and FILE_NAME.json in the first folder that can be written; return the .json.
 
     Both are written under a temporary name and renamed, the .json last: where it is, the images are whole. Two
@@ -302,15 +322,7 @@ def pack(paths, drawn, size, crop, folders, file_name, workers, quiet):
     folder = next((f for f in folders if is_writable(f)), None)
     if folder is None:
         raise ValueError(f"--cache {folders[0]}: cannot write there; choose another folder with --cache DIR")
-    if drawn:
-        members, partition, side = [(f"{i}", None, None) for i in range(DRAWN_COUNT)], {}, min(size, DRAWN_SIDE)
-    else:
-        members, partition = list_members(paths)
-        if not members:
-            zips = " (it holds zips: name them instead)" if any(any(p.glob("*.zip")) for p in paths) else ""
-            raise ValueError(f"--data {' '.join(map(str, paths))}: no images found{zips}; {EXPECTED}")
-        side = min(size, native_side(members, read_member))
-
+    members, partition, side = survey(paths, size)
     need, free = len(members) * side * side * 3, shutil.disk_usage(folder).free
     if not quiet:
         print(f"Packing {len(members):,} images at {side} px once into {folder} ({need / 1e9:.2f} GB) ...", flush=True)
@@ -322,7 +334,7 @@ def pack(paths, drawn, size, crop, folders, file_name, workers, quiet):
 
     def load(member):
         try:
-            if drawn:
+            if is_drawn(paths):
                 return draw_face(int(member[0]), side), member[0]
             data = read_member(member)
             return decode(data, side, crop), zlib.crc32(data)

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from Critic import NORMS, Critic, clip_weights, critic_loss, generator_loss, gradient_penalty
-from Dataset import add_data_flags, batch_indices, open_data, seeded, to_range
+from Dataset import add_data_flags, batch_indices, choose_paths, open_data, seeded, survey, to_range
 from Generator import FORMAT, SIZES, Generator, add_device_flag, latent, pick_device, read_model_file
 
 PRESETS = {
@@ -458,12 +458,14 @@ def dry_run(state, settings, device):
     weights = 4 * sum(count.values())
     steps, kept = settings.steps, settings.steps // settings.checkpoint_every
     full = 3 * weights + 4 * count["generator"] * bool(settings.ema)
+    images, _, side = survey(choose_paths(settings.data), settings.size)
     print(f"parameters   generator {count['generator']:,}, critic {count['critic']:,}")
     if device.type == "cuda":
         print(f"memory       {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on {torch.cuda.get_device_name()}")
     else:
         print(f"memory       {(full + weights) / 1e9:.2f} GB for weights, gradients and optimizers, beside the batch's")
-    print(f"disk         {(settings.keep + 1) * full / 1e9:.2f} GB for the last {settings.keep} checkpoints (+1 while "
+    print(f"disk         {len(images) * side * side * 3 / 1e9:.2f} GB for {len(images):,} packed images, "
+          f"{(settings.keep + 1) * full / 1e9:.2f} GB for the last {settings.keep} checkpoints (+1 while "
           f"writing), {kept * 4 * count['generator'] / 1e9:.2f} GB for {kept} generators")  # fmt: skip
     print(f"expected     {per_step * steps / 3600:.1f} hours for {steps:,} steps at {1 / per_step:.2f} "
           f"steps/s, {settings.n_critic * settings.batch_size / per_step:.0f} images/s on {device}")  # fmt: skip
