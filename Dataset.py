@@ -122,17 +122,13 @@ class CelebADataset(torch.utils.data.Dataset):
             partition = read_partition(paths) or index["partition"]
             if not partition:
                 raise ValueError(f"--split {split}: no list_eval_partition.txt or .csv beside {paths[0]}")
-            self.rows = np.array(
-                [i for i, (name, _) in enumerate(index["images"]) if partition.get(Path(name).name) == SPLITS[split]],
-                dtype=np.int64,
-            )
+            chosen = [partition.get(name.rsplit("/", 1)[-1]) == SPLITS[split] for name, _ in index["images"]]
+            self.rows = np.flatnonzero(chosen)
             if not len(self.rows):
                 raise ValueError(f"--split {split}: none of the {len(self.images)} images in {paths[0]} belongs to it")
-        digest = hashlib.sha256()
-        for row in self.rows:
-            name, checksum = index["images"][row]
-            digest.update(f"{Path(name).name} {checksum}\n".encode())
-        self.fingerprint = digest.hexdigest()[:16]
+        contents = (index["images"][row] for row in self.rows)
+        contents = "\n".join(f"{name.rsplit('/', 1)[-1]} {checksum}" for name, checksum in contents)
+        self.fingerprint = hashlib.sha256(contents.encode()).hexdigest()[:16]
         self.resident = None
 
     def __len__(self):
