@@ -314,7 +314,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tiny, tmp_path, monkeypatch, caps
     monkeypatch.setattr(torch, "save", full)
     assert tiny("--steps", 6, "--out", "run", "--checkpoint-every", 2) == 1
     assert "No space left" in (err := capsys.readouterr().err) and err.count("\n") == 1
-    assert [p.name for p in (tmp_path / "run").glob("*4*")] == [] and not list((tmp_path / "run").glob(".*"))
+    assert [p.name for p in (tmp_path / "run").glob("*_000004.pt")] == [] and not list((tmp_path / "run").glob(".*"))
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert main(["--resume", "run", "--steps", "3", "--device", "cpu"]) == 0
