@@ -44,16 +44,19 @@ EXPECTED = (
 
 def add_data_flags(parser):
     """Declare the flags that choose images on an argparse parser or group; open_data takes their values."""
+    # "%(default).0s" prints nothing: it keeps argparse from adding "(default: None)".
     parser.add_argument(
         "--data", nargs="+", metavar="PATH", help="zips or folders of images, or 'drawn' for the built-in drawn faces; "
-        "without it CelebA is looked for in data/, and faces are drawn if it is not there"
+        "without it CelebA is looked for in data/, and faces are drawn if it is not there%(default).0s"
     )  # fmt: skip
     parser.add_argument("--split", default="all", choices=["all", *SPLITS], help="part of CelebA's list_eval_partition")
     parser.add_argument(
         "--crop", default="center", choices=list(CROPS),
         help="center: cut the central square; squash: resize all of the image to a square, as the report did"
     )  # fmt: skip
-    parser.add_argument("--cache", metavar="DIR", help="folder of the packed images (default: beside the data)")
+    parser.add_argument(
+        "--cache", metavar="DIR", help="folder of the packed images (default: beside the data)%(default).0s"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that decode images when packing")
 
 

@@ -381,7 +381,7 @@ def main(argv=None):
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--seeds", type=int, nargs="+", metavar="SEED", default=SEEDS, help="the faces, two or more")
-    which.add_argument("--random", type=int, metavar="N", help="take N random seeds; they are printed")
+    which.add_argument("--random", type=int, metavar="N", help="take N random seeds; they are printed%(default).0s")
     parser.add_argument("--mode", choices=MODES, default="slerp", help="lerp is the report's; slerp keeps the norm")
     parser.add_argument("--frames", type=int, default=50, help="steps from each seed to the next")
     parser.add_argument(

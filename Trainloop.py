@@ -47,13 +47,14 @@ SAMPLES = 32  # faces in a sample grid: cell i is the face of seed i
 
 def build_parser():
     """Every setting is declared here once: its flag, default and help, and its name in the checkpoint."""
+    # Without a usage line an argparse error is one line.
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Train a Wasserstein GAN on faces. A step is one update of the generator.",
     )  # fmt: skip
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), help="report: the report's recipe; quick: five minutes on a laptop's CPU; "
-        "a flag beside it wins")  # fmt: skip
+        "a flag beside it wins%(default).0s")  # fmt: skip
     add_data_flags(parser.add_argument_group("images"))
     add = parser.add_argument_group("networks").add_argument
     add("--size", type=int, default=128, choices=SIZES, help="side of the images in pixels")
@@ -79,9 +80,9 @@ def build_parser():
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the device has it")
     add("--seed", type=int, default=0, help="chooses initial weights, order of the images, latents and flips")
     add = parser.add_argument_group("run").add_argument
-    add("--out", metavar="DIR", help="the run's folder (default: runs/ and the next number)")
+    add("--out", metavar="DIR", help="the run's folder (default: runs/ and the next number)%(default).0s")
     add("--resume", metavar="PATH|latest|auto", help="go on from a checkpoint or run folder; latest: the newest in "
-        "--out or, without it, in runs/; auto: the same where there is one, else start")  # fmt: skip
+        "--out or, without it, in runs/; auto: the same where there is one, else start%(default).0s")  # fmt: skip
     add("--checkpoint-every", type=int, default=6000, help="steps between checkpoints; each also keeps the generator")
     add("--keep", type=int, default=2, help="full checkpoints kept; generators are all kept")
     add("--log-every", type=int, default=50, help="steps between scalars")
@@ -232,7 +233,7 @@ def save_checkpoint(state, settings, made_by):
 
 def list_checkpoints(folder):
     """Return the full checkpoints in a run's folder, the newest first."""
-    return sorted(folder.glob("checkpoint_*.pt"), key=lambda path: int(path.stem.split("_")[1]), reverse=True)
+    return sorted(folder.glob("checkpoint_[0-9]*.pt"), key=lambda path: int(path.stem.split("_")[1]), reverse=True)
 
 
 def newest_checkpoint(folder):
@@ -274,7 +275,7 @@ def find_resume(resume, out):
             return path, file
     if resume == "auto":
         return None, None
-    raise FileNotFoundError(f"--resume {resume}: no checkpoint in {out or resume if resume != 'latest' else 'runs/'}")
+    raise FileNotFoundError(f"--resume {resume}: no checkpoint in {out or 'runs/' if resume == 'latest' else resume}")
 
 
 def new_run_folder(dataset_name, settings):
@@ -497,7 +498,7 @@ def train(settings, checkpoint=None, checkpoint_path=None):
         return 0
 
     dataset = open_data(settings.data, settings.size, settings.crop, settings.split, settings.cache, settings.workers)
-    settings.data, settings.split = dataset.paths, dataset.split
+    settings.data = dataset.paths  # so that a resume finds the same, also where none were given
     made_by = {
         "command": shlex.join(["python", *sys.argv]),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
@@ -517,6 +518,8 @@ def train(settings, checkpoint=None, checkpoint_path=None):
         settings.out = str(new_run_folder(dataset.name, settings))
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
+    for left in out.glob(".*.tmp"):  # half-written by a process that was killed
+        left.unlink()
     if state.step >= settings.steps:
         print(f"Nothing to do: {out} is at step {state.step:,} of --steps {settings.steps:,}.")
         return 0
@@ -531,16 +534,21 @@ def train(settings, checkpoint=None, checkpoint_path=None):
     writer = SummaryWriter(out, purge_step=state.step + 1 if checkpoint else None, flush_secs=10)
     writer.add_text("settings", settings_table(settings), state.step)
 
-    stopped_by = []  # a signal only leaves a note: the step is finished and a checkpoint written first
-    handlers = {
-        number: signal.signal(number, lambda number, _: stopped_by.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    stopped_by = []
+
+    def stop(number, frame):
+        """Leave a note: the step is finished and a checkpoint written first. A second Ctrl-C stops at once."""
+        if stopped_by and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stopped_by.append(number)
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     saved_step, history, begin, begin_step = None, [], time.perf_counter(), state.step
     last_log, last_line = (begin, begin_step), 0.0
     bar = tqdm(total=settings.steps, initial=state.step, unit="step", disable=None, dynamic_ncols=True)
     try:
-        while state.step < settings.steps and not stopped_by:
+        is_last = False
+        while not is_last:
             losses, real, fake = train_step(state, settings, dataset, device)
             history.append(losses)
             bar.update()
@@ -600,11 +608,12 @@ def main(argv=None):
     except (OSError, FloatingPointError) as error:
         status = 1
         message = str(error)
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (MemoryError, RuntimeError) as error:  # torch reports either device's memory as RuntimeError
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "alloc" not in str(error):
+            raise
         status = 1
-        message = (
-            f"out of memory ({str(error).splitlines()[0]}); use a smaller --batch-size, or --ngf, --ndf and --size"
-        )
+        reason = (str(error).splitlines() or ["no details"])[0]
+        message = f"out of memory ({reason}); use a smaller --batch-size, or --ngf, --ndf and --size"
     except KeyboardInterrupt:
         return 130
     print(f"Trainloop.py: error: {message}", file=sys.stderr)

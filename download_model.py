@@ -184,10 +184,12 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("names", nargs="*", help="published models by name or step; all five without")
+    parser.add_argument("names", nargs="*", help="published models by name or step; all five without%(default).0s")
     parser.add_argument("--list", action="store_true", help="show name, step, size and what is there; fetch nothing")
-    parser.add_argument("--from", dest="mirror", metavar="URL", help="folder of a mirror, or one model file (.pt)")
-    parser.add_argument("--sha256", metavar="HEX", help="sum that the one file fetched must have")
+    parser.add_argument(
+        "--from", dest="mirror", metavar="URL", help="folder of a mirror, or one model file (.pt)%(default).0s"
+    )
+    parser.add_argument("--sha256", metavar="HEX", help="sum that the one file fetched must have%(default).0s")
     parser.add_argument("--out", type=Path, default=Path("models"), metavar="FOLDER", help="where the models go")
     return parser.parse_args(argv)
 

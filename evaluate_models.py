@@ -720,17 +720,21 @@ def parse(argv=None):
         "-n", "--samples", type=int, default=10_000, help="images of each model, and at most of the data"
     )
     table.add_argument("--floor-split", choices=[*SPLITS], help="take the real images of the first row from this "
-                       "split; without it --split is shared between the two")  # fmt: skip
+                       "split; without it --split is shared between the two%(default).0s")  # fmt: skip
     table.add_argument("--features", choices=[*METRICS], default="inception", help="inception: FID and KID; "
                        "mobilenet_v2: FD and KD, where Inception cannot be had")  # fmt: skip
-    table.add_argument("--weights", metavar="FILE", help="weights of the extractor, else they are downloaded")
+    table.add_argument(
+        "--weights", metavar="FILE", help="weights of the extractor, else they are downloaded%(default).0s"
+    )
     table.add_argument("--seed", type=int, default=0, help="chooses the latents that are measured")
     table.add_argument("--quick", action="store_true", help=f"allow fewer than {FEWEST} images, and mark the numbers")
     best = parser.add_argument_group("the best")
-    best.add_argument("--by", choices=["fid", "kid", "fd", "kd", "critic"], help="copy the best by this to --bests")
+    best.add_argument(
+        "--by", choices=["fid", "kid", "fd", "kd", "critic"], help="copy the best by this to --bests%(default).0s"
+    )
     best.add_argument("--bests", type=Path, metavar="DIR", default=Path("bests"), help="folder of the best models")
     best.add_argument("--export", type=Path, metavar="FILE", help="only write the model named, of a run its newest, as "
-                      "one file to share, with sha256 and model card")  # fmt: skip
+                      "one file to share, with sha256 and model card%(default).0s")  # fmt: skip
     best.add_argument("--force", action="store_true", help="let --by and --export replace what is there")
     args = parser.parse_args(argv)
     args.command = shlex.join(
