@@ -66,9 +66,10 @@ def critic_loss(real_scores, fake_scores):
     """Wasserstein loss of the critic (Arjovsky et al. 2017, algorithm 1): two (N,) tensors -> scalar to minimise.
 
     The critic shall give real images high and generated ones low scores, so it minimises fake - real.
-    The report had the sign the wrong way round at first (its section 3.3.1): the critic then learnt to
-    praise the fakes, the generator had nothing to gain, and only noise came out. With the right sign the
-    loss is negative while the critic can tell the two apart, and -loss estimates the distance.
+    The report had the sign the wrong way round at first, real - fake, and got very bad results until its
+    supervisor saw it (section 3.3.1): so minimised, it teaches the critic to score fakes above real images.
+    With the right sign the loss is negative while the critic can tell the two apart, and -loss estimates
+    the distance.
     """
     return fake_scores.mean() - real_scores.mean()
 

@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
+import uuid
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -65,7 +66,13 @@ def choose_paths(data, quiet=False):
     paths = data or find_celeba()
     if paths is None and not quiet:
         print(f"No CelebA in data/, so drawn faces are used; {HOW_TO_GET_CELEBA}.")
-    return [Path(path) for path in paths or ["drawn"]]
+    return absolute(paths or ["drawn"])
+
+
+def absolute(paths):
+    """Return absolute Paths, so that a checkpoint's hold in any folder; the drawn faces' name stays as it is."""
+    paths = [str(path) for path in paths]
+    return [Path("drawn")] if paths == ["drawn"] else [Path(path).absolute() for path in paths]
 
 
 def open_data(data, size=128, crop="center", split="all", cache=None, workers=None, quiet=False):
@@ -102,7 +109,7 @@ class CelebADataset(torch.utils.data.Dataset):
             raise ValueError(f"--crop {crop}: choose one of {', '.join(CROPS)}")
         if split != "all" and split not in SPLITS:
             raise ValueError(f"--split {split}: choose one of all, {', '.join(SPLITS)}")
-        paths = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+        paths = absolute([paths] if isinstance(paths, (str, Path)) else paths)
         self.paths = [str(path) for path in paths]
         drawn = is_drawn(paths)
         self.size, self.crop, self.split = size, crop, "all" if drawn else split
@@ -112,10 +119,11 @@ class CelebADataset(torch.utils.data.Dataset):
         key = hashlib.sha256(json.dumps([CACHE_VERSION, size, crop, sources]).encode()).hexdigest()[:16]
         file_name = f"{self.name}-{size}px-{crop}-{key}"
         folders = cache_folders(paths, cache)
-        index_file = next((f / (file_name + ".json") for f in folders if (f / (file_name + ".json")).is_file()), None)
+        packs = (folder / (file_name + ".json") for folder in folders)
+        index_file = next((file for file in packs if read_index(file)), None)
         if index_file is None:
             index_file = pack(paths, size, crop, folders, file_name, workers, quiet)
-        index = json.loads(index_file.read_text(encoding="utf-8"))
+        index = read_index(index_file)
         self.cache_file = index_file.with_suffix(".u8")
         self.skipped = index["skipped"]
         self.images = np.memmap(self.cache_file, np.uint8, "r", shape=tuple(index["shape"]))  # (N, S, S, 3)
@@ -207,15 +215,19 @@ def describe_source(path):
     if path.is_file():
         return [path.name, path.stat().st_size, path.stat().st_mtime_ns]
     if path.is_dir():
-        stats = ((file, os.stat(os.path.join(path, file))) for file in walk_images(path))
-        return [path.resolve().name, [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]]
+        stats = ((name, entry.stat()) for name, entry in walk_images(path))
+        return [path.name, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
     raise FileNotFoundError(f"--data {path}: no such file or folder; {EXPECTED}")
 
 
-def walk_images(folder):
-    """Return the sorted names, relative to `folder`, of all images in it."""
-    files = (os.path.relpath(os.path.join(base, file), folder) for base, _, names in os.walk(folder) for file in names)
-    return sorted(file for file in files if file.lower().endswith(SUFFIXES))
+def walk_images(folder, prefix=""):
+    """Yield (name relative to the first `folder`, os.DirEntry) of all images in it, in the order of their names."""
+    with os.scandir(folder) as entries:  # os.scandir, since a folder may hold 202,599 of them
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.is_dir():
+                yield from walk_images(entry.path, f"{prefix}{entry.name}/")
+            elif entry.name.lower().endswith(SUFFIXES):
+                yield prefix + entry.name, entry
 
 
 def cache_folders(paths, cache):
@@ -231,7 +243,7 @@ def list_members(paths):
     members, partition = [], {}
     for path in paths:
         if path.is_dir():
-            members += [(file.replace(os.sep, "/"), path, None) for file in walk_images(path)]
+            members += [(name, path, None) for name, _ in walk_images(path)]
             continue
         try:
             archive = zipfile.ZipFile(path)
@@ -273,7 +285,9 @@ def decode(data, size, crop):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
     if crop == "center":
-        image = ImageOps.fit(image, (min(image.size),) * 2)  # the central square, cut out without any resampling
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))  # resize's own box would sample across its border
     return np.asarray(image.resize((size, size), CROPS[crop]))
 
 
@@ -343,7 +357,8 @@ def pack(paths, size, crop, folders, file_name, workers, quiet):
     for old in folder.glob(file_name + ".tmp-*"):  # what a killed process left; a living one writes all the time
         if time.time() - old.stat().st_mtime > 600:
             old.unlink(missing_ok=True)
-    temporary = folder / f"{file_name}.tmp-{os.getpid()}"
+    # A name of its own: two machines that share the folder may have the same process number.
+    temporary = folder / f"{file_name}.tmp-{uuid.uuid4().hex}"
     images, skipped = [], []
     try:
         with (
@@ -363,7 +378,10 @@ def pack(paths, size, crop, folders, file_name, workers, quiet):
             file.flush()
             os.fsync(file.fileno())
         if skipped and not quiet:
-            print(f"Left out {len(skipped)} of {len(members)} images that cannot be used: {'; '.join(skipped[:10])}")
+            more = f"; and {len(skipped) - 10} more, listed in {file_name}.json" if len(skipped) > 10 else ""
+            print(
+                f"Left out {len(skipped)} of {len(members)} images that cannot be used: {'; '.join(skipped[:10])}{more}"
+            )
         if len(skipped) > MOST_BROKEN * len(members):
             raise ValueError(
                 f"--data {' '.join(map(str, paths))}: {len(skipped)} of {len(members)} images cannot be used, more "
@@ -378,12 +396,25 @@ def pack(paths, size, crop, folders, file_name, workers, quiet):
         }
         index_file = folder / (file_name + ".json")
         replace(temporary, index_file.with_suffix(".u8"))
-        temporary.write_text(json.dumps(index), encoding="utf-8")
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(index, file)
+            file.flush()
+            os.fsync(file.fileno())
         replace(temporary, index_file)
     finally:
         temporary.unlink(missing_ok=True)
     remove_outdated(index_file, index["sources"])
     return index_file
+
+
+def read_index(file):
+    """Return the index of the pack that `file` describes, or None unless both are there and whole."""
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        whole = file.with_suffix(".u8").stat().st_size == np.prod(index["shape"], dtype=np.int64)
+    except (OSError, ValueError, KeyError):
+        return None
+    return index if whole else None
 
 
 def replace(temporary, target):
@@ -411,7 +442,7 @@ def remove_outdated(index_file, sources):
     prefix = index_file.stem.rsplit("-", 1)[0]
     for old in index_file.parent.glob(f"{prefix}-{'?' * 16}.json"):
         try:
-            if old != index_file and json.loads(old.read_text(encoding="utf-8"))["sources"] == sources:
+            if old != index_file and (index := read_index(old)) and index["sources"] == sources:
                 old.unlink()
                 old.with_suffix(".u8").unlink()
         except OSError:  # another process has it open (Windows) or was faster

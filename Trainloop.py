@@ -6,8 +6,10 @@ step is a pure function of (seed, step), so a run that is stopped and resumed eq
 
 import argparse
 import copy
+import math
 import os
 import platform
+import re
 import shlex
 import signal
 import sys
@@ -42,6 +44,7 @@ FREE = {"data", "cache", "workers", "device", "out", "resume", "preset", "steps"
         "checkpoint_every", "log_every", "sample_every"}  # fmt: skip
 # Of these, what the checkpoint does not hand on to the resumed run.
 NOT_RESTORED = {"workers", "device", "out", "resume", "preset", "dry_run"}
+OUT_OF_MEMORY = "out of memory|not enough memory|can't allocate memory|ALLOC_FAILED"  # CUDA, CPU, cuDNN and cuBLAS
 SAMPLES = 32  # faces in a sample grid: cell i is the face of seed i
 
 
@@ -130,14 +133,14 @@ def check_settings(settings):
     """Raise ValueError, naming flag and value, for numbers that make no sense."""
     for name in ("nz", "ngf", "ndf", "steps", "batch_size", "n_critic", "lr_g", "lr_d", "clip", "keep",
                  "checkpoint_every", "log_every", "sample_every", "workers"):  # fmt: skip
-        if not getattr(settings, name) > 0:
-            raise ValueError(f"{flag(name)} {getattr(settings, name)}: must be above 0")
+        if not 0 < getattr(settings, name) < math.inf:
+            raise ValueError(f"{flag(name)} {getattr(settings, name)}: must be a number above 0")
     for name, values in (("betas", settings.betas), ("ema", [settings.ema])):
         if not all(0 <= value < 1 for value in values):
             raise ValueError(f"{flag(name)} {' '.join(map(str, values))}: must be at least 0 and below 1")
-    for name in ("gp", "seed"):
-        if getattr(settings, name) < 0:
-            raise ValueError(f"{flag(name)} {getattr(settings, name)}: must not be negative")
+    if not 0 <= settings.gp < math.inf:
+        raise ValueError(f"--gp {settings.gp}: must not be negative")
+    latent(settings.seed)  # refuses a seed that would repeat another one
     if settings.lipschitz == "gp" and settings.norm == "batch":
         gradient_penalty(Critic(1, 3, 32, "batch"), None, None, None)  # raises, with the reason
 
@@ -174,8 +177,8 @@ def build_state(settings, device):
     return State(generator, critic, ema, optimizer(generator, settings.lr_g), optimizer(critic, settings.lr_d))
 
 
-def checkpoint_of(state, settings, made_by):
-    """Return the full checkpoint as a dict of plain tensors and plain types."""
+def checkpoint_of(state, settings, made_by, history=()):
+    """Return the full checkpoint as a dict of plain tensors and plain types. history: losses not yet logged."""
     return {
         "format": FORMAT,
         "step": state.step,
@@ -186,6 +189,7 @@ def checkpoint_of(state, settings, made_by):
         "optim_g": state.optim_g.state_dict(),
         "optim_d": state.optim_d.state_dict(),
         "rng": {"torch": torch.get_rng_state()},
+        "history": torch.stack(history).cpu() if history else torch.empty(0, 4),
         "made_by": made_by,
     }
 
@@ -219,21 +223,26 @@ def save_atomically(content, path):
         ) from error
 
 
-def save_checkpoint(state, settings, made_by):
+def save_checkpoint(state, settings, made_by, history):
     """Write checkpoint_STEP.pt and generator_STEP.pt into the run's folder, then drop all but the last --keep."""
     out = Path(settings.out)
-    content = checkpoint_of(state, settings, made_by)
+    content = checkpoint_of(state, settings, made_by, history)
     shared = {name: content[name] for name in ("format", "step", "settings", "made_by")}
     shared["generator"] = {"config": state.generator.config, "state": content["ema"] or content["generator"]["state"]}
     save_atomically(shared, out / f"generator_{state.step:06d}.pt")
     save_atomically(content, out / f"checkpoint_{state.step:06d}.pt")
-    for old in list_checkpoints(out)[settings.keep :]:
+    for old in [path for path in list_checkpoints(out) if step_of(path) <= state.step][settings.keep :]:
         old.unlink()
 
 
 def list_checkpoints(folder):
     """Return the full checkpoints in a run's folder, the newest first."""
-    return sorted(folder.glob("checkpoint_[0-9]*.pt"), key=lambda path: int(path.stem.split("_")[1]), reverse=True)
+    return sorted(folder.glob("checkpoint_[0-9]*.pt"), key=step_of, reverse=True)
+
+
+def step_of(path):
+    """Return the step in the name of a checkpoint."""
+    return int(path.stem.split("_")[1])
 
 
 def newest_checkpoint(folder):
@@ -251,29 +260,33 @@ def find_resume(resume, out):
 
     Raises FileNotFoundError where there is none to go on from, ValueError where --out is taken.
     """
-    runs = [Path(out)] if out else sorted(Path("runs").glob("[0-9]*"), reverse=True)
+    taken = out and list_checkpoints(Path(out))
     if resume is None:
-        if out and list_checkpoints(Path(out)):
+        if taken:
             raise ValueError(f"--out {out}: holds a run already; go on with --resume latest, or name another folder")
         return None, None
-    if resume not in ("latest", "auto"):
-        target = Path(resume)
-        if not target.exists():
+    if resume in ("latest", "auto"):
+        runs = [Path(out)] if out else sorted(Path("runs").glob("[0-9]*"), reverse=True)
+    else:
+        runs = [Path(resume)]
+        if not runs[0].exists():
             raise FileNotFoundError(f"--resume {resume}: no such checkpoint or run folder")
-        if target.is_file():
-            file = read_model_file(target)
+        folder = runs[0].parent if runs[0].is_file() else runs[0]
+        if taken and Path(out).resolve() != folder.resolve():
+            raise ValueError(f"--out {out}: holds another run already; name a new folder to branch off into")
+        if runs[0].is_file():
+            file = read_model_file(resume)
             if "optim_g" not in file:
                 raise ValueError(f"--resume {resume}: holds a generator alone; resume from a checkpoint_*.pt")
-            later = [path.name for path in list_checkpoints(target.parent) if path != target]
-            if not out and later and int(later[0].split("_")[1][:-3]) > file["step"]:
-                raise ValueError(f"--resume {resume}: {later[0]} beside it is newer; branch off with --out NEW_FOLDER")
-            return target, file
-        runs = [target]
+            newest = max(list_checkpoints(folder), key=step_of, default=runs[0])
+            if (taken or not out) and step_of(newest) > file["step"]:
+                raise ValueError(f"--resume {resume}: {newest.name} is newer; branch off with --out NEW_FOLDER")
+            return runs[0], file
     for run in runs:
         path, file = newest_checkpoint(run)
         if file:
             return path, file
-    if resume == "auto":
+    if resume == "auto" and not taken:
         return None, None
     raise FileNotFoundError(f"--resume {resume}: no checkpoint in {out or 'runs/' if resume == 'latest' else resume}")
 
@@ -499,6 +512,8 @@ def train(settings, checkpoint=None, checkpoint_path=None):
 
     dataset = open_data(settings.data, settings.size, settings.crop, settings.split, settings.cache, settings.workers)
     settings.data = dataset.paths  # so that a resume finds the same, also where none were given
+    if device.type == "cuda" and len(dataset) * dataset.images[0].nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        dataset.to(device)
     made_by = {
         "command": shlex.join(["python", *sys.argv]),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
@@ -543,7 +558,8 @@ def train(settings, checkpoint=None, checkpoint_path=None):
         stopped_by.append(number)
 
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    saved_step, history, begin, begin_step = None, [], time.perf_counter(), state.step
+    history = list(checkpoint["history"].to(device)) if checkpoint else []  # losses since the last log
+    saved_step, begin, begin_step = None, time.perf_counter(), state.step
     last_log, last_line = (begin, begin_step), 0.0
     bar = tqdm(total=settings.steps, initial=state.step, unit="step", disable=None, dynamic_ncols=True)
     try:
@@ -558,12 +574,16 @@ def train(settings, checkpoint=None, checkpoint_path=None):
             sample_now = state.step % settings.sample_every == 0 or is_last
             if not (log_now or save_now or sample_now):
                 continue
-            recent = torch.stack(history).cpu() if history else torch.ones(1, 4)  # (steps since the last log, 4); waits
-            if not recent.isfinite().all():
-                first = int((~recent.isfinite().all(dim=1)).nonzero()[0])
+            recent = torch.stack(history).cpu()  # (steps since the last log, 4); waits for the device
+            weights = torch.nn.utils.get_total_norm([*state.generator.parameters(), *state.critic.parameters()])
+            bad = (~recent.isfinite().all(dim=1)).nonzero()
+            if len(bad) or not weights.isfinite():
+                first = int(bad[0]) if len(bad) else len(history) - 1
                 raise FloatingPointError(
-                    f"the loss is not finite at step {state.step - len(history) + first + 1}; the last good checkpoint "
-                    f"is {saved_step or checkpoint_path or 'none yet'}; try lower --lr-d and --lr-g or --precision fp32"
+                    f"the {'loss is' if len(bad) else 'weights are'} not finite at step "
+                    f"{state.step - len(history) + first + 1}; the last good checkpoint is "
+                    f"{saved_step or checkpoint_path or 'none yet'}; start a new run with a lower --lr-d and --lr-g, "
+                    "or --precision fp32"
                 )
             if log_now:
                 now = time.perf_counter()
@@ -582,7 +602,7 @@ def train(settings, checkpoint=None, checkpoint_path=None):
                 write_samples(writer, state, settings, real, device)
             if save_now:
                 writer.flush()  # what is logged must not be younger than the checkpoint it goes with
-                save_checkpoint(state, settings, made_by)
+                save_checkpoint(state, settings, made_by, history)
                 saved_step = out / f"checkpoint_{state.step:06d}.pt"
     finally:
         bar.close()
@@ -609,7 +629,7 @@ def main(argv=None):
         status = 1
         message = str(error)
     except (MemoryError, RuntimeError) as error:  # torch reports either device's memory as RuntimeError
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "alloc" not in str(error):
+        if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
             raise
         status = 1
         reason = (str(error).splitlines() or ["no details"])[0]

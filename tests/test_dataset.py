@@ -64,6 +64,14 @@ def test_center_cuts_the_square_and_squash_keeps_everything():
     assert squashed[0].min() == 255 and squashed[32].max() == 0
 
 
+def test_center_does_not_blur_where_sides_differ_by_an_odd_number():
+    stripes = np.zeros((65, 64, 3), np.uint8)
+    stripes[::2] = 255
+    data = io.BytesIO()
+    Image.fromarray(stripes).save(data, "PNG")
+    assert set(np.unique(decode(data.getvalue(), 64, "center"))) == {0, 255}
+
+
 def test_resizing_is_antialiased():
     """One-pixel stripes become even grey; without antialiasing they would leave moire."""
     stripes = np.zeros((256, 256, 3), np.uint8)
@@ -117,6 +125,26 @@ def test_pack_is_reused_and_rebuilt_when_a_file_changes(folder, capsys):
     assert not first.cache_file.exists()  # nobody could ever use it again
     (folder / "img_align_celeba" / "000025.jpg").write_bytes(jpeg((1, 2, 3)))
     assert len(CelebADataset([folder], size=32)) == 26
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "empty index"])
+def test_a_damaged_pack_is_made_anew(folder, damage):
+    pack = CelebADataset([folder], size=32).cache_file
+    if damage == "cut":
+        pack.write_bytes(pack.read_bytes()[:-100])
+    elif damage == "missing":
+        pack.unlink()
+    else:
+        pack.with_suffix(".json").write_text("")
+    assert len(CelebADataset([folder], size=32)) == 25
+
+
+def test_a_folder_called_drawn_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "drawn").mkdir()
+    for i in range(3):
+        (tmp_path / "drawn" / f"{i}.jpg").write_bytes(jpeg((i, i, i)))
+    assert len(CelebADataset(["./drawn"], size=32)) == 3
 
 
 def test_moved_data_keeps_its_pack(folder, tmp_path, capsys):

@@ -101,7 +101,8 @@ def test_a_flag_beside_a_preset_wins(monkeypatch, tmp_path):
     ("--lipschitz gp --norm batch", "--norm batch.*whole batch"), ("--batch-size 0", "--batch-size 0"),
     ("--lr-g -1", "--lr-g -1"), ("--lr-d nan", "--lr-d nan"), ("--ema 1", "--ema 1"), ("--betas 0 1", "--betas 0.0 1"),
     ("--resume nowhere", "--resume nowhere"), ("--resume latest", "--resume latest: no checkpoint in runs"),
-    ("--data nowhere", "--data nowhere"), ("--device cuda:99", "--device cuda:99"), ("--seed -1", "--seed -1"),
+    ("--data nowhere", "--data .*nowhere"), ("--device cuda:99", "--device cuda:99"), ("--seed -1", "seed -1"),
+    ("--seed 4294967296", "seed 4294967296"), ("--gp nan", "--gp nan"), ("--lr-d inf", "--lr-d inf"),
 ])  # fmt: skip
 def test_impossible_settings_are_one_line_and_status_2(flags, words, monkeypatch, tmp_path, capsys):
     import re
@@ -209,15 +210,15 @@ def test_same_initial_weights_whatever_was_drawn_before():
 def test_2n_steps_equal_n_resume_n_bit_for_bit(tiny, tmp_path, flags):
     flags = flags.split()
     assert tiny(*flags, "--steps", 8, "--out", "whole", "--checkpoint-every", 100) == 0
-    assert tiny(*flags, "--steps", 4, "--out", "parts", "--checkpoint-every", 100) == 0
+    assert tiny(*flags, "--steps", 5, "--out", "parts", "--checkpoint-every", 100) == 0  # 5: between two logs
     assert main(["--resume", "parts", "--steps", "8", "--device", "cpu"]) == 0  # settings come from the checkpoint
     whole, parts = (read_model_file(tmp_path / run / "checkpoint_000008.pt") for run in ("whole", "parts"))
-    for key in ("generator", "critic", "ema", "optim_g", "optim_d", "rng", "step"):
+    for key in ("generator", "critic", "ema", "optim_g", "optim_d", "rng", "step", "history"):
         assert equal(whole[key], parts[key]), key
     for tag in ("loss/critic", "loss/generator", "critic/wasserstein", "generator/diversity"):
         assert scalars("whole", tag) == scalars("parts", tag)
     assert image_steps("whole") == [3, 6, 8]
-    assert image_steps("parts") == [3, 4, 6, 8]  # 4: the end of the first part
+    assert image_steps("parts") == [3, 5, 6, 8]  # 5: the end of the first part
     assert (tmp_path / "whole/samples.png").read_bytes() == (tmp_path / "parts/samples.png").read_bytes()
 
 
@@ -291,6 +292,8 @@ def test_going_back_to_an_older_checkpoint_needs_a_new_folder(tiny, tmp_path, ca
     assert "checkpoint_000004.pt" in capsys.readouterr().err
     assert main(["--resume", "run/checkpoint_000002.pt", "--steps", "3", "--device", "cpu", "--out", "branch"]) == 0
     assert (tmp_path / "branch/checkpoint_000003.pt").is_file()
+    assert main(["--resume", "branch", "--steps", "9", "--device", "cpu", "--out", "run"]) == 2
+    assert "--out run: holds another run" in capsys.readouterr().err
 
 
 def test_a_torn_checkpoint_is_passed_over(tiny, tmp_path, capsys):
@@ -300,6 +303,13 @@ def test_a_torn_checkpoint_is_passed_over(tiny, tmp_path, capsys):
     assert main(["--resume", "run", "--steps", "6", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "torn" in out and "Going on from step 2" in out
+
+
+def test_auto_does_not_start_anew_where_no_checkpoint_can_be_read(tiny, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoint_000004.pt").write_bytes(b"torn")
+    assert tiny("--steps", 1, "--out", "run", "--resume", "auto") == 2
+    assert "no checkpoint" in capsys.readouterr().err
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tiny, tmp_path, monkeypatch, capsys):
@@ -334,9 +344,20 @@ def test_a_non_finite_loss_stops_with_its_step_and_keeps_the_checkpoint(tiny, tm
     assert Trainloop.newest_checkpoint(tmp_path / "run")[1]["step"] == 3
 
 
-def test_out_of_memory_names_the_batch_size(tiny, monkeypatch, capsys):
+def test_a_checkpoint_never_holds_weights_that_are_not_finite(tiny, tmp_path, capsys):
+    assert tiny("--lr-g", 1e39, "--steps", 3, "--out", "run", "--checkpoint-every", 1) == 1
+    assert "weights are not finite at step 1;" in (err := capsys.readouterr().err) and err.count("\n") == 1
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+    RuntimeError("CUDA error: out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+])  # fmt: skip
+def test_out_of_memory_names_the_batch_size(tiny, monkeypatch, capsys, error):
     def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        raise error
 
     monkeypatch.setattr(Trainloop, "critic_step", full)
     assert tiny("--steps", 2) == 1
