@@ -71,8 +71,7 @@ def choose_paths(data, quiet=False):
 
 def absolute(paths):
     """Return absolute Paths, so that a checkpoint's hold in any folder; the drawn faces' name stays as it is."""
-    paths = [str(path) for path in paths]
-    return [Path("drawn")] if paths == ["drawn"] else [Path(path).absolute() for path in paths]
+    return [Path("drawn")] if is_drawn(paths) else [Path(path).absolute() for path in paths]
 
 
 def open_data(data, size=128, crop="center", split="all", cache=None, workers=None, quiet=False):
@@ -119,11 +118,10 @@ class CelebADataset(torch.utils.data.Dataset):
         key = hashlib.sha256(json.dumps([CACHE_VERSION, size, crop, sources]).encode()).hexdigest()[:16]
         file_name = f"{self.name}-{size}px-{crop}-{key}"
         folders = cache_folders(paths, cache)
-        packs = (folder / (file_name + ".json") for folder in folders)
-        index_file = next((file for file in packs if read_index(file)), None)
-        if index_file is None:
-            index_file = pack(paths, size, crop, folders, file_name, workers, quiet)
-        index = read_index(index_file)
+        packs = ((file, read_index(file)) for file in (folder / (file_name + ".json") for folder in folders))
+        index_file, index = next((found for found in packs if found[1]), (None, None))
+        if index is None:
+            index_file, index = pack(paths, size, crop, folders, file_name, workers, quiet)
         self.cache_file = index_file.with_suffix(".u8")
         self.skipped = index["skipped"]
         self.images = np.memmap(self.cache_file, np.uint8, "r", shape=tuple(index["shape"]))  # (N, S, S, 3)
@@ -327,9 +325,9 @@ def is_drawn(paths):
 
 
 def pack(paths, size, crop, folders, file_name, workers, quiet):
-    """Decode all images into FILE_NAME.u8 and FILE_NAME.json in the first folder that can be written; return the .json.
+    """Decode all images into FILE_NAME.u8 and FILE_NAME.json in the first folder that can be written.
 
-    Both are written under a temporary name and renamed, the .json last: where it is, the images are whole. Two
+    Returns the .json's path and content. Both are written under a temporary name and renamed, the .json last. Two
     processes that pack at once write the same bytes, and the later one replaces the earlier one's file.
     """
     folder = next((f for f in folders if is_writable(f)), None)
@@ -404,7 +402,7 @@ def pack(paths, size, crop, folders, file_name, workers, quiet):
     finally:
         temporary.unlink(missing_ok=True)
     remove_outdated(index_file, index["sources"])
-    return index_file
+    return index_file, index
 
 
 def read_index(file):

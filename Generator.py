@@ -131,6 +131,11 @@ def check_size(flag, width, size):
         raise ValueError(f"--{flag} {width}: too narrow for --size {size}, use at least {max(1, size // 64)}")
 
 
+def step_of(path):
+    """Return the step in a model file's name, the last number there; -1 without one."""
+    return int((re.findall(r"\d+", path.stem) or [-1])[-1])
+
+
 def read_model_file(path):
     """Return the dict in a model file, with all tensors on the CPU; run nothing in it.
 
@@ -187,7 +192,7 @@ def convert_report_file(module, path):
         raise ValueError(f"{path} is a pickled module, but not the report's generator: {reason}") from error
     return {
         "format": FORMAT,
-        "step": int((re.findall(r"\d+", path.name) or ["0"])[-1]),
+        "step": max(step_of(path), 0),
         "settings": plan.config | {"crop": "squash", "split": "all", "lipschitz": "clip", "norm": "batch"},
         "generator": {"config": plan.config, "state": dict(plan.state_dict())},
         "made_by": {"command": "the report's code, torch.save(model)", "data": "CelebA, img_align_celeba"},

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from Critic import NORMS, Critic, clip_weights, critic_loss, generator_loss, gradient_penalty
 from Dataset import add_data_flags, batch_indices, choose_paths, open_data, seeded, survey, to_range
-from Generator import FORMAT, SIZES, Generator, add_device_flag, latent, pick_device, read_model_file
+from Generator import FORMAT, SIZES, Generator, add_device_flag, latent, pick_device, read_model_file, step_of
 
 PRESETS = {
     # What the report's published models were trained with.
@@ -238,11 +238,6 @@ def save_checkpoint(state, settings, made_by, history):
 def list_checkpoints(folder):
     """Return the full checkpoints in a run's folder, the newest first."""
     return sorted(folder.glob("checkpoint_[0-9]*.pt"), key=step_of, reverse=True)
-
-
-def step_of(path):
-    """Return the step in the name of a checkpoint."""
-    return int(path.stem.split("_")[1])
 
 
 def newest_checkpoint(folder):

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from Critic import Critic
 from Dataset import SPLITS, add_data_flags, epoch_order, open_data
-from Generator import Generator, add_device_flag, latent, pick_device, read_model_file
+from Generator import Generator, add_device_flag, latent, pick_device, read_model_file, step_of
 from Interpolation import SEEDS, faces, write_film
 
 BATCH = 64  # images in a batch of everything that is measured
@@ -49,11 +48,6 @@ def list_models(folder):
         raise FileNotFoundError(f"{folder}: no model files (*.pt) in it; name a run's folder or model files")
     by_step = {step_of(file): file for file in files}
     return [by_step[step] for step in sorted(by_step)]
-
-
-def step_of(path):
-    """Return the step in a model file's name, the last number there; -1 without one."""
-    return int((re.findall(r"\d+", path.stem) or [-1])[-1])
 
 
 def evenly(items, count):
