@@ -3,9 +3,21 @@
 import torch
 from torch import nn
 
-from Generator import SIZES, check_size
+from Generator import SIZES, Attention, check_parts, check_size
 
 NORMS = ("batch", "layer", "none")
+
+
+def make_norm(norm, channels):
+    """Return the normalisation layer that --norm names."""
+    if norm == "layer":
+        # GroupNorm with one group is LayerNorm over (C, H, W): each image by itself, as the penalty needs it.
+        return nn.GroupNorm(1, channels)
+    return nn.BatchNorm2d(channels) if norm == "batch" else nn.Identity()
+
+
+def leaky(x):
+    return nn.functional.leaky_relu(x, 0.2, inplace=True)
 
 
 class Down(nn.Module):
@@ -14,11 +26,31 @@ class Down(nn.Module):
     def __init__(self, c_in, c_out, norm):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel_size=4, stride=2, padding=1, bias=norm == "none")
-        # GroupNorm with one group is LayerNorm over (C, H, W): each image by itself, as the penalty needs it.
-        self.norm = {"batch": nn.BatchNorm2d, "layer": lambda c: nn.GroupNorm(1, c), "none": nn.Identity}[norm](c_out)
+        self.norm = make_norm(norm, c_out)
 
     def forward(self, x):
-        return nn.functional.leaky_relu(self.norm(self.conv(x)), 0.2, inplace=True)
+        return leaky(self.norm(self.conv(x)))
+
+
+class ResidualDown(nn.Module):
+    """Halve the resolution: (N, c_in, R, R) -> (N, c_out, R/2, R/2); the counterpart of Generator.ResidualUp."""
+
+    def __init__(self, c_in, c_out, norm):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_in, kernel_size=3, padding=1, bias=norm == "none")
+        self.norm1 = make_norm(norm, c_in)
+        self.conv2 = nn.Conv2d(c_in, c_out, kernel_size=3, padding=1, bias=norm == "none")
+        self.norm2 = make_norm(norm, c_out)
+        self.shortcut = nn.Conv2d(c_in, c_out, kernel_size=1)
+
+    def forward(self, x):
+        y = leaky(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))  # (N, c_out, R, R)
+        halve = nn.functional.avg_pool2d
+        return leaky(halve(y, 2) + self.shortcut(halve(x, 2)))  # (N, c_out, R/2, R/2)
+
+
+BLOCKS = {"plain": Down, "residual": ResidualDown}
 
 
 class Critic(nn.Module):
@@ -30,33 +62,44 @@ class Critic(nn.Module):
 
     norm: "batch" (the report), "layer" (Gulrajani et al. 2017, section 4) or "none". BatchNorm lets the
     images of a batch see each other, so it must not be combined with the gradient penalty.
+    blocks, attention, grown: as in the generator; attention comes before the block of its resolution, and `fade`
+    blends the features that the smaller critic sees in the halved image with those of the new block.
 
-    Raises ValueError for a size, width or norm that cannot be built.
+    Raises ValueError for a size, width, norm or resolution that cannot be built.
     """
 
-    def __init__(self, ndf=64, nc=3, size=128, norm="layer"):
+    def __init__(self, ndf=64, nc=3, size=128, norm="layer", blocks="plain", attention=0, grown=False):
         super().__init__()
-        self.config = {"ndf": ndf, "nc": nc, "size": size, "norm": norm}
+        self.config = {"ndf": ndf, "nc": nc, "size": size, "norm": norm, "blocks": blocks, "attention": attention,
+                       "grown": grown}  # fmt: skip
         check_size("ndf", ndf, size)
+        check_parts(size, blocks, attention, grown)
         if norm not in NORMS:
             raise ValueError(f"--norm {norm}: choose one of {', '.join(NORMS)}")
         self.norm, self.size = norm, size
 
-        width = ndf * 128 // size
-        self.from_rgb = nn.ModuleDict(
-            {str(size): nn.Conv2d(nc, width, kernel_size=4, stride=2, padding=1, bias=norm == "none")}
-        )
-        self.down = nn.ModuleDict()
-        for resolution in (r for r in (*SIZES[::-1], 16, 8) if r < size):
-            self.down[str(resolution)] = Down(width, ndf * 128 // resolution, norm)
-            width = ndf * 128 // resolution
-        self.head = nn.Linear(width * 4 * 4, 1)
+        def from_rgb(resolution):
+            return nn.Conv2d(nc, width[resolution // 2], kernel_size=4, stride=2, padding=1, bias=norm == "none")
 
-    def forward(self, x):
-        x = self.from_rgb[str(self.size)](x)  # (N, nc, size, size) -> (N, ndf*128/size, size/2, size/2)
-        x = nn.functional.leaky_relu(x, 0.2, inplace=True)
-        for block in self.down.values():
+        width = {r: ndf * 64 // r for r in (*SIZES[::-1], 16, 8, 4) if r < size}  # resolution -> channels
+        self.from_rgb = nn.ModuleDict({str(r): from_rgb(r) for r in ([size // 2, size] if grown else [size])})
+        self.down = nn.ModuleDict()
+        for resolution in list(width)[:-1]:
+            self.down[str(resolution)] = BLOCKS[blocks](width[resolution], width[resolution // 2], norm)
+        self.attention = nn.ModuleDict({str(attention): Attention(width[attention])} if attention else {})
+        self.head = nn.Linear(width[4] * 4 * 4, 1)
+        self.register_buffer("fade", torch.ones(()) if grown else None)
+
+    def forward(self, images):
+        x = leaky(self.from_rgb[str(self.size)](images))  # (N, nc, size, size) -> (N, ndf*128/size, size/2, size/2)
+        for resolution, block in self.down.items():
+            if resolution in self.attention:
+                x = self.attention[resolution](x)
             x = block(x)  # (N, c, R, R) -> (N, ndf*128/R, R/2, R/2)
+            if self.fade is not None and 2 * int(resolution) == self.size:
+                small = nn.functional.avg_pool2d(images, 2)  # (N, nc, size/2, size/2)
+                small = leaky(self.from_rgb[resolution](small))  # (N, ndf*256/size, size/4, size/4)
+                x = torch.lerp(small, x, self.fade.to(x.dtype))
         # The loss is a small difference of large scores, so the last layer stays fp32 under autocast.
         with torch.autocast(x.device.type, enabled=False):
             return self.head(x.flatten(1).float()).squeeze(1)  # (N, ndf*16*4*4) -> (N,)

@@ -61,10 +61,65 @@ class Up(nn.Module):
         return self.norm(self.conv(x)).relu_()
 
 
+class ResidualUp(nn.Module):
+    """Double the resolution without transposed convolutions: (N, c_in, R/2, R/2) -> (N, c_out, R, R).
+
+    Nearest neighbours and two 3x3 convolutions beside a shortcut, as in the residual networks of Gulrajani et
+    al. (2017, appendix F), with the activation last as in Up.
+    """
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, kernel_size=3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, kernel_size=3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(c_out)
+        self.shortcut = nn.Conv2d(c_in, c_out, kernel_size=1)
+
+    def forward(self, x):
+        y = self.norm1(self.conv1(upsample(x))).relu_()  # (N, c_out, R, R)
+        y = self.norm2(self.conv2(y))
+        return (y + upsample(self.shortcut(x))).relu_()
+
+
+class Attention(nn.Module):
+    """Self-attention of SAGAN (Zhang et al. 2019, section 3): (N, C, H, W) -> (N, C, H, W).
+
+    `gate`, the paper's gamma, is learned and starts at 0, where the block is the identity. Keys and values are
+    pooled to a quarter of the positions, as in the paper's own code. Written out, because the fused attention
+    of torch has no second derivative, which the gradient penalty needs.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        inner, half = max(1, channels // 8), max(1, channels // 2)
+        self.query = nn.Conv2d(channels, inner, kernel_size=1, bias=False)
+        self.key = nn.Conv2d(channels, inner, kernel_size=1, bias=False)
+        self.value = nn.Conv2d(channels, half, kernel_size=1, bias=False)
+        self.out = nn.Conv2d(half, channels, kernel_size=1, bias=False)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        query = self.query(x).flatten(2)  # (N, C/8, H*W)
+        key = nn.functional.max_pool2d(self.key(x), 2).flatten(2)  # (N, C/8, H*W/4)
+        value = nn.functional.max_pool2d(self.value(x), 2).flatten(2)  # (N, C/2, H*W/4)
+        weights = (query.transpose(1, 2) @ key).softmax(dim=2)  # (N, H*W, H*W/4)
+        seen = (value @ weights.transpose(1, 2)).unflatten(2, x.shape[2:])  # (N, C/2, H, W)
+        return x + self.gate * self.out(seen)
+
+
+def upsample(x):
+    """Double height and width by repeating pixels: (N, C, H, W) -> (N, C, 2H, 2W)."""
+    return nn.functional.interpolate(x, scale_factor=2, mode="nearest")
+
+
+BLOCKS = {"plain": Up, "residual": ResidualUp}
+
+
 class Generator(nn.Module):
     """The report's generator: (N, nz) latent vectors -> (N, nc, size, size) images in [-1, 1].
 
-    Linear to 4x4x512, one transposed convolution for each doubling of the resolution, convolution, Tanh.
+    Linear to 4x4x512, one block for each doubling of the resolution, convolution, Tanh.
     One rule gives the width at every resolution R: ngf * 64 / R, that is ngf*8 at 8x8 and ngf/2 at 128x128.
     A state-dict key names the resolution of its block (`up.64.conv.weight`), so that the blocks of a
     128 px model fit into a 256 px one by name.
@@ -72,14 +127,20 @@ class Generator(nn.Module):
     nz: length of the latent vector.  ngf: channels at 64x64.  nc: colour channels.  size: pixels, one of SIZES.
     stem_norm: BatchNorm and ReLU after the linear layer. The report's slides have both, its published
     code had neither.
+    blocks: "plain", the report's transposed convolutions, or "residual".
+    attention: the resolution at which self-attention follows the block, 0 for none.
+    grown: the network was grown from one of half its size, whose to_rgb it keeps. The buffer `fade` blends the
+    two (Karras et al. 2018, figure 2): 0 gives the smaller network's image with each pixel doubled, 1 its own.
 
-    Raises ValueError for a size or width that cannot be built.
+    Raises ValueError for a size, width or resolution that cannot be built.
     """
 
-    def __init__(self, nz=100, ngf=64, nc=3, size=128, stem_norm=True):
+    def __init__(self, nz=100, ngf=64, nc=3, size=128, stem_norm=True, blocks="plain", attention=0, grown=False):
         super().__init__()
-        self.config = {"nz": nz, "ngf": ngf, "nc": nc, "size": size, "stem_norm": stem_norm}
+        self.config = {"nz": nz, "ngf": ngf, "nc": nc, "size": size, "stem_norm": stem_norm, "blocks": blocks,
+                       "attention": attention, "grown": grown}  # fmt: skip
         check_size("ngf", ngf, size)
+        check_parts(size, blocks, attention, grown)
         if nz < 1:
             raise ValueError(f"--nz {nz}: the latent vector needs at least one number")
         self.nz, self.size = nz, size
@@ -87,21 +148,29 @@ class Generator(nn.Module):
         self.linear = nn.Linear(nz, STEM_WIDTH * 4 * 4)
         self.stem_norm = nn.BatchNorm2d(STEM_WIDTH) if stem_norm else None
         self.up = nn.ModuleDict()
-        width = STEM_WIDTH
-        for resolution in (r for r in (8, 16, *SIZES) if r <= size):
-            self.up[str(resolution)] = Up(width, ngf * 64 // resolution)
-            width = ngf * 64 // resolution
-        self.to_rgb = nn.ModuleDict({str(size): nn.Conv2d(width, nc, kernel_size=3, padding=1)})
+        width = {4: STEM_WIDTH} | {r: ngf * 64 // r for r in (8, 16, *SIZES) if r <= size}  # resolution -> channels
+        for resolution in list(width)[1:]:
+            self.up[str(resolution)] = BLOCKS[blocks](width[resolution // 2], width[resolution])
+        self.attention = nn.ModuleDict({str(attention): Attention(width[attention])} if attention else {})
+        rgb_sizes = [size // 2, size] if grown else [size]
+        self.to_rgb = nn.ModuleDict({str(r): nn.Conv2d(width[r], nc, kernel_size=3, padding=1) for r in rgb_sizes})
+        self.register_buffer("fade", torch.ones(()) if grown else None)
 
     def forward(self, z):
         x = self.linear(z)  # (N, nz) -> (N, 512*4*4)
         x = x.view(-1, STEM_WIDTH, 4, 4)  # (N, 512, 4, 4)
         if self.stem_norm is not None:
             x = self.stem_norm(x).relu_()
-        for block in self.up.values():
-            x = block(x)  # (N, c, R/2, R/2) -> (N, ngf*64/R, R, R)
-        x = self.to_rgb[str(self.size)](x)  # (N, nc, size, size)
-        return x.float().tanh()  # in fp32 also under autocast: bf16 has no room for 256 grey levels
+        for resolution, block in self.up.items():
+            before, x = x, block(x)  # (N, c, R/2, R/2) -> (N, ngf*64/R, R, R)
+            if resolution in self.attention:
+                x = self.attention[resolution](x)
+        # In fp32 from here, also under autocast: bf16 has no room for 256 grey levels.
+        x = self.to_rgb[str(self.size)](x).float()  # (N, nc, size, size)
+        if self.fade is not None:
+            small = self.to_rgb[str(self.size // 2)](before).float()  # (N, nc, size/2, size/2)
+            x = torch.lerp(upsample(small), x, self.fade)
+        return x.tanh()
 
     @classmethod
     def load(cls, path, device="cpu"):
@@ -129,6 +198,17 @@ def check_size(flag, width, size):
         raise ValueError(f"--size {size}: choose one of {', '.join(map(str, SIZES))}")
     if width < 1 or width * 64 < size:
         raise ValueError(f"--{flag} {width}: too narrow for --size {size}, use at least {max(1, size // 64)}")
+
+
+def check_parts(size, blocks, attention, grown):
+    """Raise ValueError unless networks of `size` pixels can have these blocks, this attention, and be grown."""
+    if blocks not in BLOCKS:
+        raise ValueError(f"--blocks {blocks}: choose one of {', '.join(BLOCKS)}")
+    resolutions = [r for r in (8, 16, *SIZES) if r < size]  # the critic has no features at `size` itself
+    if attention not in (0, *resolutions):
+        raise ValueError(f"--attention {attention}: choose 0 (none), {', '.join(map(str, resolutions))}")
+    if grown and size == SIZES[0]:
+        raise ValueError(f"--size {size}: the smallest size cannot be grown from another one")
 
 
 def step_of(path):

@@ -23,7 +23,18 @@ from tqdm import tqdm
 
 from Critic import NORMS, Critic, clip_weights, critic_loss, generator_loss, gradient_penalty
 from Dataset import add_data_flags, batch_indices, choose_paths, open_data, seeded, survey, to_range
-from Generator import FORMAT, SIZES, Generator, add_device_flag, latent, pick_device, read_model_file, step_of
+from Generator import (
+    BLOCKS,
+    FORMAT,
+    SIZES,
+    Generator,
+    add_device_flag,
+    check_parts,
+    latent,
+    pick_device,
+    read_model_file,
+    step_of,
+)
 
 PRESETS = {
     # What the report's published models were trained with.
@@ -67,6 +78,13 @@ def build_parser():
     add("--stem-norm", action=argparse.BooleanOptionalAction, default=True,
         help="BatchNorm and ReLU after the generator's linear layer")  # fmt: skip
     add("--norm", choices=NORMS, default="layer", help="normalisation in the critic; batch only with --lipschitz clip")
+    add("--blocks", choices=list(BLOCKS), default="plain", help="plain: the report's convolutions with stride; "
+        "residual: deeper, twice the convolutions, resized instead of transposed")  # fmt: skip
+    add("--attention", type=int, default=0, metavar="R", help="resolution of a self-attention layer in both networks; "
+        "0: none")  # fmt: skip
+    add("--grow-from", metavar="PATH", help="checkpoint of half the --size, whose networks are taken over and grown by "
+        "one block each%(default).0s")  # fmt: skip
+    add("--fade-steps", type=int, default=2000, help="steps over which the blocks of --grow-from are faded in")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=int, default=100_000, help="total number of steps, those before a resume included")
     add("--batch-size", type=int, default=32, help="images in a batch")
@@ -117,12 +135,35 @@ def read_settings(argv=None):
                     f"{flag(name)} {value}: the run in {path} was trained with {flag(name)} {saved[name]}; "
                     "leave the flag out to go on, or start a new run with another --out"
                 )
+    if asked.get("grow_from") and not checkpoint:
+        asked = settings_of_grown(asked)
     settings = argparse.Namespace(**(defaults | asked | saved | given))
     if saved:
         settings.precision = saved["precision"]
     settings.out = given.get("out") or (str(path.parent) if path else None)
     check_settings(settings)
     return settings, checkpoint, path
+
+
+def settings_of_grown(asked):
+    """Return the settings asked for plus those that --grow-from decides: its architecture, and twice its size.
+
+    Raises ValueError where what was asked for contradicts them, or the file cannot be grown.
+    """
+    path = asked["grow_from"]
+    file = read_model_file(path)
+    if "critic" not in file:
+        raise ValueError(f"--grow-from {path}: holds no critic; take a checkpoint_*.pt")
+    if file["generator"]["state"].get("fade", 1) < 1:
+        raise ValueError(f"--grow-from {path}: is itself still fading in; train it beyond its --fade-steps first")
+    config = file["generator"]["config"] | file["critic"]["config"]
+    config = {name: value for name, value in config.items() if name not in ("nc", "grown")}
+    config["size"] *= 2
+    for name, value in config.items():
+        if asked.get(name, value) != value:
+            raise ValueError(f"{flag(name)} {asked[name]}: --grow-from {path} was trained for {flag(name)} "
+                             f"{value // 2 if name == 'size' else value} and gives {flag(name)} {value}")  # fmt: skip
+    return asked | config
 
 
 def flag(name):
@@ -138,6 +179,9 @@ def check_settings(settings):
     for name, values in (("betas", settings.betas), ("ema", [settings.ema])):
         if not all(0 <= value < 1 for value in values):
             raise ValueError(f"{flag(name)} {' '.join(map(str, values))}: must be at least 0 and below 1")
+    if settings.fade_steps < 0:
+        raise ValueError(f"--fade-steps {settings.fade_steps}: must not be negative")
+    check_parts(settings.size, settings.blocks, settings.attention, grown=bool(settings.grow_from))
     if not 0 <= settings.gp < math.inf:
         raise ValueError(f"--gp {settings.gp}: must not be negative")
     latent(settings.seed)  # refuses a seed that would repeat another one
@@ -163,8 +207,9 @@ class State:
 def build_state(settings, device):
     """Return the State of step 0. The initial weights depend on the seed alone, not on the device."""
     torch.manual_seed(settings.seed)
-    generator = Generator(settings.nz, settings.ngf, 3, settings.size, settings.stem_norm)
-    critic = Critic(settings.ndf, 3, settings.size, settings.norm)
+    shared = settings.blocks, settings.attention, bool(settings.grow_from)
+    generator = Generator(settings.nz, settings.ngf, 3, settings.size, settings.stem_norm, *shared)
+    critic = Critic(settings.ndf, 3, settings.size, settings.norm, *shared)
     generator.to(device, memory_format=torch.channels_last)
     critic.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(generator).eval().requires_grad_(False) if settings.ema else None
@@ -204,6 +249,31 @@ def restore(state, checkpoint):
     state.optim_d.load_state_dict(checkpoint["optim_d"])
     torch.set_rng_state(checkpoint["rng"]["torch"])
     state.step = checkpoint["step"]
+
+
+def grow(state, path):
+    """Take over all blocks of the networks of half the size in a model file, by their names; the rest stays new."""
+    file = read_model_file(path)
+    parts = [(state.generator, file["generator"]["state"]), (state.critic, file["critic"]["state"])]
+    if state.ema:
+        parts.append((state.ema, file.get("ema") or file["generator"]["state"]))
+    for network, smaller in parts:
+        try:
+            missing, _ = network.load_state_dict(smaller, strict=False)
+        except RuntimeError as error:  # shapes that differ
+            raise ValueError(f"--grow-from {path}: {str(error).splitlines()[-1].strip()}") from error
+        new = {f"up.{network.size}", f"to_rgb.{network.size}", f"down.{network.size // 2}", f"from_rgb.{network.size}"}
+        lost = [key for key in missing if ".".join(key.split(".")[:2]) not in new | {"fade"}]
+        if lost:
+            raise ValueError(f"--grow-from {path}: lacks {', '.join(lost)}")
+
+
+def set_fade(state, settings):
+    """Set how far the newest blocks are faded in at the step that comes: 0 at the first, 1 after --fade-steps."""
+    fade = min(1.0, state.step / settings.fade_steps) if settings.fade_steps else 1.0
+    for network in (state.generator, state.critic, state.ema):
+        if network is not None and network.fade is not None:
+            network.fade.fill_(fade)
 
 
 def save_atomically(content, path):
@@ -369,6 +439,7 @@ def train_step(state, settings, dataset, device):
     """Do one step. Returns ((loss/critic, loss/generator, Wasserstein estimate, penalty) as (4,), real, fake)."""
     noise = draw_noise(settings, state.step)
     noise = {name: values.to(device, non_blocking=True) for name, values in noise.items()}
+    set_fade(state, settings)
     seen = state.step * settings.n_critic * settings.batch_size
     for i in range(settings.n_critic):
         indices = batch_indices(len(dataset), settings.seed, seen + i * settings.batch_size, settings.batch_size)
@@ -524,6 +595,8 @@ def train(settings, checkpoint=None, checkpoint_path=None):
             )
         restore(state, checkpoint)
         print(f"Going on from step {state.step:,} of {checkpoint_path}.")
+    elif settings.grow_from:
+        grow(state, settings.grow_from)
     if settings.out is None:
         settings.out = str(new_run_folder(dataset.name, settings))
     out = Path(settings.out)

@@ -45,6 +45,49 @@ def test_with_batchnorm_it_does():
     assert not torch.allclose(critic(images)[:1], critic(images[:1]), atol=1e-5)
 
 
+@pytest.mark.parametrize("parts", [{}, {"blocks": "residual"}, {"attention": 32}])
+@pytest.mark.parametrize("norm", ["layer", "none"])
+def test_a_grown_critic_starts_with_the_scores_of_the_smaller_one(parts, norm):
+    small, large = Critic(ndf=16, size=64, norm=norm, **parts), Critic(16, 3, 128, norm, grown=True, **parts)
+    missing, unexpected = large.load_state_dict(small.state_dict(), strict=False)
+    assert not unexpected
+    assert {".".join(key.split(".")[:2]) for key in missing} == {"fade", "from_rgb.128", "down.64"}
+    images = torch.rand(4, 3, 128, 128) * 2 - 1
+    halved = images.unflatten(3, (64, 2)).unflatten(2, (64, 2)).mean(dim=(3, 5))  # (4, 3, 64, 64)
+    large.fade.fill_(0.0)
+    torch.testing.assert_close(large(images), small(halved), atol=1e-5, rtol=1e-5)
+    large.fade.fill_(1.0)
+    whole = Critic(16, 3, 128, norm, **parts)
+    whole.load_state_dict(large.state_dict(), strict=False)
+    assert torch.equal(large(images), whole(images))
+
+
+@pytest.mark.parametrize("parts", [{"blocks": "residual"}, {"attention": 16}, {"grown": True}])
+def test_the_penalty_of_every_network_agrees_with_finite_differences(parts):
+    """d penalty / d weight through two derivatives, against the penalty at weight +- step, in double precision."""
+    torch.manual_seed(0)
+    critic = Critic(ndf=4, size=64, norm="layer", **parts).double()
+    for name, parameter in critic.named_parameters():
+        if name.endswith("gate"):
+            parameter.data.fill_(0.7)  # at 0 nothing would pass through the attention
+    critic.head = nn.Linear(critic.head.in_features, 1).double()
+    critic.forward = lambda images, f=critic.forward: f(images).double()
+    real, fake, epsilon = torch.randn(2, 3, 64, 64), torch.randn(2, 3, 64, 64), torch.rand(2, 1, 1, 1)
+    real, fake, epsilon = real.double(), fake.double(), epsilon.double()
+    gradient_penalty(critic, real, fake, epsilon).backward()
+    for name, parameter in critic.named_parameters():
+        if not name.endswith(("conv1.weight", "query.weight", "from_rgb.64.weight", "gate")):
+            continue
+        direction = torch.randn_like(parameter)
+        step, values = 1e-4, []
+        for sign in (1, -1):
+            parameter.data += sign * step * direction
+            values.append(gradient_penalty(critic, real, fake, epsilon).item())
+            parameter.data -= sign * step * direction
+        slope = (values[0] - values[1]) / (2 * step)
+        assert slope == pytest.approx((parameter.grad * direction).sum().item(), rel=0.02, abs=1e-6), name
+
+
 def test_losses_have_the_right_sign():
     real, fake = torch.tensor([3.0, 5.0]), torch.tensor([1.0, -1.0])
     assert critic_loss(real, fake) == -4  # the critic does well: real images score higher

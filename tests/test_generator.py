@@ -3,8 +3,9 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
-from Generator import SIZES, Generator, latent, read_model_file
+from Generator import SIZES, Attention, Generator, latent, read_model_file
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -50,8 +51,56 @@ def test_weights_of_a_smaller_model_fit_into_a_larger_one_by_name():
     assert all(small[key].shape == large[key].shape for key in small if key in large)
 
 
+@pytest.mark.parametrize(
+    "arguments", [{"blocks": "residual"}, {"attention": 16}, {"blocks": "residual", "grown": True}]
+)
+def test_other_blocks_keep_shape_and_range(arguments):
+    generator = Generator(nz=10, ngf=16, size=64, **arguments)
+    images = generator(torch.randn(2, 10))
+    assert images.shape == (2, 3, 64, 64) and images.abs().max() <= 1
+    again = Generator(**generator.config)
+    again.load_state_dict(generator.state_dict())  # the config says all that the shape of the network needs
+
+
+def test_attention_is_the_identity_at_first_then_sees_all_positions():
+    layer, x = Attention(16), torch.randn(2, 16, 8, 8)
+    assert torch.equal(layer(x), x)
+    layer.gate.data.fill_(1.0)
+    other = x.clone()
+    other[:, :, 7, 7] += 5  # one corner
+    assert not torch.allclose(layer(x)[:, :, 0, 0], layer(other)[:, :, 0, 0])  # seen in the opposite one
+
+
+def test_attention_weighs_the_values_by_the_softmax_of_query_times_key():
+    """By hand: with a zero query all pooled positions weigh the same, so each sees the mean of the pooled values."""
+    layer, x = Attention(16), torch.randn(2, 16, 4, 4)
+    layer.gate.data.fill_(0.5)
+    layer.query.weight.data.zero_()
+    values = nn.functional.max_pool2d(layer.value(x), 2).mean(dim=(2, 3), keepdim=True)  # (2, 8, 1, 1)
+    torch.testing.assert_close(layer(x), x + 0.5 * layer.out(values).expand_as(x))
+
+
+@pytest.mark.parametrize("parts", [{}, {"blocks": "residual"}, {"attention": 32}])
+def test_a_grown_generator_starts_as_the_enlarged_smaller_one_and_ends_as_itself(parts):
+    small, large = Generator(ngf=16, size=64, **parts), Generator(ngf=16, size=128, grown=True, **parts)
+    missing, unexpected = large.load_state_dict(small.state_dict(), strict=False)
+    assert not unexpected and {key.split(".")[1] for key in missing if key != "fade"} == {"128"}
+    z = torch.randn(3, 100)
+    for mode in (False, True):  # BatchNorm of the running statistics, and of the batch
+        small.train(mode), large.train(mode)
+        large.fade.fill_(0.0)
+        expected = small(z).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)  # (3, 3, 128, 128)
+        assert torch.equal(large(z), expected)
+        large.fade.fill_(1.0)
+        whole = Generator(ngf=16, size=128, **parts).train(mode)
+        whole.load_state_dict(large.state_dict(), strict=False)
+        assert torch.equal(large(z), whole(z))
+
+
 def test_impossible_networks_are_refused():
-    for arguments, word in (({"size": 100}, "--size 100"), ({"ngf": 0}, "--ngf 0"), ({"nz": 0}, "--nz 0"),
+    for arguments, word in (({"attention": 128}, "--attention 128"), ({"attention": 5}, "--attention 5"),
+                            ({"blocks": "x"}, "--blocks x"), ({"size": 32, "grown": True}, "--size 32"),
+                            ({"size": 100}, "--size 100"), ({"ngf": 0}, "--ngf 0"), ({"nz": 0}, "--nz 0"),
                             ({"ngf": 4, "size": 512}, "--ngf 4")):  # fmt: skip
         with pytest.raises(ValueError, match=word):
             Generator(**arguments)

@@ -200,12 +200,76 @@ def test_same_initial_weights_whatever_was_drawn_before():
     assert equal(first.generator.state_dict(), build_state(settings, torch.device("cpu")).generator.state_dict())
 
 
+# ---- growing --------------------------------------------------------------------------------------------------
+
+
+def test_growing_takes_over_the_smaller_networks_and_fades_the_new_blocks_in(tiny, tmp_path, capsys):
+    assert tiny("--steps", 3, "--out", "small", "--attention", 16) == 0
+    small = "small/checkpoint_000003.pt"
+    settings = settings_of("--grow-from", small, "--size", "64", "--fade-steps", "4")
+    assert (settings.size, settings.ngf, settings.attention) == (64, 8, 16)  # the architecture is the file's
+    state = build_state(settings, torch.device("cpu"))
+    Trainloop.grow(state, small)
+    z = torch.randn(2, 100)
+    Trainloop.set_fade(state, settings)
+    enlarged = Generator.load(small)(z).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert torch.equal(state.ema(z), enlarged)
+    assert equal(state.critic.head.state_dict()["weight"], read_model_file(small)["critic"]["state"]["head.weight"])
+
+    grow = ["--grow-from", small, "--size", "64", "--fade-steps", 4, "--out", "large", "--checkpoint-every", 1]
+    assert tiny(*grow, "--steps", 7, "--keep", 9) == 0
+    for step, fade in ((1, 0.0), (2, 0.25), (4, 0.75), (5, 1.0), (7, 1.0)):  # as it was in the step before
+        file = read_model_file(tmp_path / f"large/checkpoint_{step:06d}.pt")
+        parts = file["generator"]["state"], file["critic"]["state"], file["ema"]
+        assert [part["fade"].item() for part in parts] == [fade] * 3
+    assert main(["--grow-from", "large/checkpoint_000002.pt", "--steps", "1", "--device", "cpu"]) == 2
+    assert "still fading" in capsys.readouterr().err
+    (tmp_path / small).unlink()  # a resume has no need of it
+    assert main(["--resume", "large", "--steps", "8", "--device", "cpu"]) == 0
+
+
+def test_growing_and_a_resume_in_the_middle_of_it_equal_growing(tiny, tmp_path):
+    assert tiny("--steps", 1, "--out", "small") == 0
+    grow = ["--grow-from", "small/checkpoint_000001.pt", "--size", "64", "--fade-steps", 5]
+    assert tiny(*grow, "--steps", 6, "--out", "whole") == 0
+    assert tiny(*grow, "--steps", 3, "--out", "parts") == 0
+    assert main(["--resume", "parts", "--steps", "6", "--device", "cpu"]) == 0
+    whole, parts = (read_model_file(tmp_path / run / "checkpoint_000006.pt") for run in ("whole", "parts"))
+    for key in ("generator", "critic", "ema", "optim_g", "optim_d"):
+        assert equal(whole[key], parts[key]), key
+
+
+def test_two_networks_without_optimizers_are_enough_to_grow(tiny, tmp_path):
+    assert tiny("--steps", 1, "--out", "small") == 0
+    file = read_model_file(tmp_path / "small/checkpoint_000001.pt")
+    torch.save({name: file[name] for name in ("format", "generator", "critic")}, tmp_path / "two.pt")
+    assert tiny("--grow-from", "two.pt", "--size", 64, "--steps", 1, "--out", "large") == 0
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--grow-from small/generator_000001.pt --size 64", "holds no critic"),
+    ("--grow-from small/checkpoint_000001.pt --size 128", "--size 128.*--size 32.*--size 64"),
+    ("--grow-from small/checkpoint_000001.pt --size 64 --ngf 16", "--ngf 16.*--ngf 8"),
+    ("--grow-from small/checkpoint_000001.pt --size 64 --fade-steps -1", "--fade-steps -1"),
+    ("--grow-from nowhere.pt", "nowhere.pt"),
+    ("--attention 32", "--attention 32"),
+])  # fmt: skip
+def test_what_cannot_be_grown_is_refused_in_one_line(tiny, flags, words, capsys):
+    import re
+
+    assert tiny("--steps", 1, "--out", "small") == 0
+    capsys.readouterr()
+    assert tiny("--steps", 1, "--out", "large", *flags.split()) == 2
+    err = capsys.readouterr().err
+    assert re.search(words, err) and err.count("\n") == 1
+
+
 # ---- checkpoints and resume -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags", [
     "--precision fp32", "--precision bf16 --norm none", "--preset report --size 32 --ngf 8 --ndf 8 --batch-size 4",
-    "--optimizer rmsprop --lipschitz clip --ema 0",
+    "--optimizer rmsprop --lipschitz clip --ema 0", "--blocks residual --attention 16",
 ])  # fmt: skip
 def test_2n_steps_equal_n_resume_n_bit_for_bit(tiny, tmp_path, flags):
     flags = flags.split()
