@@ -63,15 +63,17 @@ def test_a_grown_critic_starts_with_the_scores_of_the_smaller_one(parts, norm):
 
 
 @pytest.mark.parametrize("parts", [{"blocks": "residual"}, {"attention": 16}, {"grown": True}])
-def test_the_penalty_of_every_network_agrees_with_finite_differences(parts):
-    """d penalty / d weight through two derivatives, against the penalty at weight +- step, in double precision."""
+def test_the_penalty_of_every_network_agrees_with_finite_differences(parts, monkeypatch):
+    """d penalty / d weight through two derivatives, against the penalty at weight +- step.
+
+    In double precision, so that the step can be too small to take a pixel across LeakyReLU's kink.
+    """
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     torch.manual_seed(0)
     critic = Critic(ndf=4, size=64, norm="layer", **parts).double()
     for name, parameter in critic.named_parameters():
         if name.endswith("gate"):
             parameter.data.fill_(0.7)  # at 0 nothing would pass through the attention
-    critic.head = nn.Linear(critic.head.in_features, 1).double()
-    critic.forward = lambda images, f=critic.forward: f(images).double()
     real, fake, epsilon = torch.randn(2, 3, 64, 64), torch.randn(2, 3, 64, 64), torch.rand(2, 1, 1, 1)
     real, fake, epsilon = real.double(), fake.double(), epsilon.double()
     gradient_penalty(critic, real, fake, epsilon).backward()
@@ -79,13 +81,13 @@ def test_the_penalty_of_every_network_agrees_with_finite_differences(parts):
         if not name.endswith(("conv1.weight", "query.weight", "from_rgb.64.weight", "gate")):
             continue
         direction = torch.randn_like(parameter)
-        step, values = 1e-4, []
+        step, values = 1e-7, []
         for sign in (1, -1):
             parameter.data += sign * step * direction
             values.append(gradient_penalty(critic, real, fake, epsilon).item())
             parameter.data -= sign * step * direction
         slope = (values[0] - values[1]) / (2 * step)
-        assert slope == pytest.approx((parameter.grad * direction).sum().item(), rel=0.02, abs=1e-6), name
+        assert slope == pytest.approx((parameter.grad * direction).sum().item(), rel=1e-3, abs=1e-6), name
 
 
 def test_losses_have_the_right_sign():
