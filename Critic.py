@@ -130,7 +130,7 @@ def gradient_penalty(critic, real, fake, epsilon):
 
     Raises ValueError for a critic with BatchNorm.
     """
-    if any(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for m in critic.modules()):
+    if any(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)) for m in critic.modules()):
         raise ValueError(
             "--lipschitz gp cannot be combined with --norm batch: the penalty is about each image alone, and "
             "BatchNorm makes every score depend on the whole batch; use --norm layer or --norm none"

@@ -2,6 +2,8 @@
 
 A step is one update of the generator, preceded by --n-critic updates of the critic. Everything random in a
 step is a pure function of (seed, step), so a run that is stopped and resumed equals one that never stopped.
+
+On several GPUs, or machines: torchrun --nproc-per-node 8 Trainloop.py --data img_align_celeba.zip
 """
 
 import argparse
@@ -18,11 +20,14 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
 from Critic import NORMS, Critic, clip_weights, critic_loss, generator_loss, gradient_penalty
@@ -91,7 +96,7 @@ def build_parser():
     add("--fade-steps", type=int, default=2000, help="steps over which the blocks of --grow-from are faded in")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=int, default=100_000, help="total number of steps, those before a resume included")
-    add("--batch-size", type=int, default=32, help="images in a batch")
+    add("--batch-size", type=int, default=32, help="images in a batch, that of all processes together")
     add("--n-critic", type=int, default=5, help="critic updates in a step")
     add("--lipschitz", choices=["gp", "clip"], default="gp", help="gradient penalty or weight clipping")
     add("--gp", type=float, default=10.0, help="factor of the gradient penalty")
@@ -208,6 +213,10 @@ class State:
     optim_g: torch.optim.Optimizer
     optim_d: torch.optim.Optimizer
     step: int = 0
+    # The networks again, wrapped to average their gradients over the ranks, or None where there is but one process.
+    # What is saved are the networks themselves: so a file does not tell how many ranks wrote it.
+    ddp_generator: nn.Module | None = None
+    ddp_critic: nn.Module | None = None
 
 
 def build_state(settings, device):
@@ -225,7 +234,10 @@ def build_state(settings, device):
             return torch.optim.RMSprop(network.parameters(), lr, foreach=True)
         return torch.optim.Adam(network.parameters(), lr, tuple(settings.betas), fused=device.type != "mps")
 
-    return State(generator, critic, ema, optimizer(generator, settings.lr_g), optimizer(critic, settings.lr_d))
+    state = State(generator, critic, ema, optimizer(generator, settings.lr_g), optimizer(critic, settings.lr_d))
+    if under_torchrun():
+        state.ddp_generator, state.ddp_critic = spread_over_ranks(generator), spread_over_ranks(critic)
+    return state
 
 
 def checkpoint_of(state, settings, made_by, history=()):
@@ -385,6 +397,247 @@ def new_run_folder(dataset_name, settings):
             continue
 
 
+def open_run_folder(dataset_name, settings):
+    """Return the run's folder, as a string; it is there then, and holds nothing half-written."""
+    out = Path(settings.out or new_run_folder(dataset_name, settings))
+    out.mkdir(parents=True, exist_ok=True)
+    for left in out.glob(".*.tmp"):  # half-written by a process that was killed
+        left.unlink()
+    return str(out)
+
+
+# ---- several processes ----------------------------------------------------------------------------------------
+# torchrun starts one process for each GPU, a rank, and each does the same steps on its share of every batch. Rank 0
+# alone decides, shows and writes. Without torchrun there is one rank, and nothing here does anything.
+
+
+def under_torchrun():
+    """Whether this process is one of the ranks that torchrun started, and has joined them."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank():
+    """Return this process's number: 0 .. number of ranks - 1."""
+    return dist.get_rank() if under_torchrun() else 0
+
+
+def join_ranks():
+    """Join the other processes if torchrun started this one. Of ranks above 0 nothing but errors is seen from then on.
+
+    Raises ValueError or dist.DistError where they cannot be reached.
+    """
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
+        return
+    # With CUDA both: tensors on the GPU travel by NCCL, and the small messages below, which are on the CPU, by gloo.
+    has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo")
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
+
+
+def pick_rank_device(name):
+    """Return the torch.device that the value of --device names; under torchrun the CPU or this rank's own GPU.
+
+    Raises ValueError where the machine lacks that device.
+    """
+    if not under_torchrun():
+        return pick_device(name)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device(name)
+    if name != "cuda":
+        raise ValueError(f"--device {name}: under torchrun each process has a GPU of its own; choose auto, cuda or cpu")
+    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= count:
+        raise ValueError(
+            f"--device cuda: no GPU for local rank {local}, this machine has {count}; start fewer processes with "
+            "torchrun's --nproc-per-node, or use --device cpu"
+        )
+    torch.cuda.set_device(local)
+    return torch.device(name, local)
+
+
+def share_of_batch(batch_size):
+    """Return the slice of a batch that is this rank's: contiguous, of the same length on all ranks.
+
+    Raises ValueError where the batch cannot be divided so.
+    """
+    ranks = dist.get_world_size() if under_torchrun() else 1
+    if batch_size % ranks:
+        raise ValueError(f"--batch-size {batch_size}: cannot be shared evenly by {ranks} processes; use a multiple")
+    share = batch_size // ranks
+    return slice(rank() * share, (rank() + 1) * share)
+
+
+@contextlib.contextmanager
+def ending_together(group=None):
+    """A block at whose end all ranks wait for each other; where it fails on one or more, all end, and one tells why.
+
+    The lowest rank that failed raises its error, all others SystemExit with the same status, once that rank has
+    ended. Within the block nothing may be exchanged between the ranks.
+    """
+    if not under_torchrun():
+        yield
+        return
+    error = status = None
+    try:
+        yield
+    except (Exception, SystemExit) as caught:
+        error = caught
+        status = caught.code if isinstance(caught, SystemExit) else 1
+        status = 2 if isinstance(caught, (ValueError, FileNotFoundError)) else status
+    statuses = [None] * dist.get_world_size()
+    dist.all_gather_object(statuses, status, group)
+    failed = [number for number, code in enumerate(statuses) if code is not None]
+    if not failed:
+        return
+    if rank() == failed[0]:
+        raise error
+    # torchrun kills all others as soon as one has ended with an error. So wait, in vain, until that rank's
+    # connections close: then it has told why.
+    with contextlib.suppress(RuntimeError):
+        dist.all_gather_object(statuses, None, group)
+    raise SystemExit(statuses[failed[0]])
+
+
+def from_rank_0(function, *args):
+    """Return function(*args) as it is on rank 0, which alone calls it. The result must be picklable."""
+    with ending_together():
+        result = [function(*args) if rank() == 0 else None]
+    if under_torchrun():
+        dist.broadcast_object_list(result, src=0)
+    return result[0]
+
+
+def read_settings_once(argv):
+    """Return what read_settings does. Under torchrun rank 0 decides what to resume, and all read that file.
+
+    Raises as read_settings does, and ValueError for a batch that the ranks cannot share.
+    """
+    if not under_torchrun():
+        return read_settings(argv)
+
+    def decide():
+        settings, _, path = read_settings(argv)
+        share_of_batch(settings.batch_size)
+        return settings, path
+
+    settings, path = from_rank_0(decide)
+    with ending_together():
+        return settings, read_model_file(path) if path else None, path
+
+
+def open_data_once(settings):
+    """Return the data set. Under torchrun one rank of each machine packs it, then the others find it packed.
+
+    Raises as open_data does, and ValueError where a machine has other images than the first.
+    """
+    # Packing takes as long as it takes, so this wait has a limit of its own: torch's is half an hour. A rank that
+    # dies meanwhile ends the wait at once, as its connections close.
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if under_torchrun() else None
+    packs = not under_torchrun() or os.environ["LOCAL_RANK"] == "0"
+    for turn in (True, False):
+        with ending_together(group):
+            if packs == turn:
+                dataset = open_data(settings.data, settings.size, settings.crop, settings.split, settings.cache,
+                                    settings.workers, quiet=rank() > 0)  # fmt: skip
+    expected = from_rank_0(lambda: dataset.fingerprint)
+    with ending_together():
+        if dataset.fingerprint != expected:
+            raise ValueError(f"--data {' '.join(dataset.paths)}: holds other images here than for rank 0")
+    return dataset
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over all ranks, on each of them; the gradient of that is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumOverRanks.apply(gradient)
+
+
+def mean_over_ranks(tensor):
+    """Return the mean of a tensor over all ranks; all must call it, with the same shape."""
+    return SumOverRanks.apply(tensor) / dist.get_world_size() if under_torchrun() else tensor
+
+
+class BatchNormOverRanks(nn.BatchNorm2d):
+    """BatchNorm2d over the batches of all ranks together: (N, C, H, W) -> (N, C, H, W), N the same on all.
+
+    torch's own nn.SyncBatchNorm takes no tensors on the CPU. In eval mode nothing is exchanged.
+    """
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        values = x.float()  # (N, C, H, W)
+        mean = mean_over_ranks(values.mean((0, 2, 3)))  # (C,)
+        # Around the mean, so at the price of a second message: E[x^2] - E[x]^2 loses digits where the mean is large.
+        centred = values - mean[:, None, None]  # (N, C, H, W)
+        variance = mean_over_ranks(centred.square().mean((0, 2, 3)))  # (C,)
+        with torch.no_grad():
+            count = x.numel() // x.shape[1] * dist.get_world_size()  # numbers that each mean is over
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        scale = torch.rsqrt(variance + self.eps) * self.weight  # (C,)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def spread_over_ranks(network):
+    """Let the BatchNorms in `network` see the batches of all ranks. Returns a wrapper that averages its gradients.
+
+    Its parameters and the names in its state dict stay the same.
+    """
+    if next(network.parameters()).is_cuda:
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    else:
+        for module in network.modules():
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = BatchNormOverRanks  # it has the same state, and only computes it otherwise
+    wrapper = nn.parallel.DistributedDataParallel(network)
+    # Every rank comes to the same buffers by itself, BatchNorm's from the same sums: to send rank 0's before each
+    # forward would be for nothing. Set here, because newer versions of torch deprecate the argument of this name.
+    wrapper.broadcast_buffers = False
+    return wrapper
+
+
+def agree_on_stop(signals):
+    """Return the signal that ends the run after this step, whichever rank it reached; 0 if none did.
+
+    signals: the numbers of those that reached this rank. The message is on the CPU, so it never waits for the GPU.
+    """
+    number = torch.tensor(signals[0] if signals else 0)
+    if under_torchrun():
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item()
+
+
+def leave_ranks():
+    """Wait until all ranks are done, and leave them.
+
+    torchrun kills all others as soon as one has ended with a status that is not 0, as it is after a signal.
+    """
+    with ending_together():
+        pass
+    if under_torchrun():
+        dist.destroy_process_group()
+
+
+def is_lost_rank(error):
+    """Whether a RuntimeError says that another rank is gone."""
+    # What gloo throws in the midst of a message is a plain RuntimeError, with the place in its source.
+    gloo = under_torchrun() and re.search("gloo|NCCL", str(error))
+    return bool(gloo) or dist.is_available() and isinstance(error, dist.DistError)
+
+
 # ---- one step -------------------------------------------------------------------------------------------------
 
 
@@ -405,33 +658,37 @@ def draw_noise(settings, step):
 def critic_step(state, settings, real, z, epsilon):
     """Update the critic once. real: (B, 3, S, S) in [-1, 1]; z: (B, nz); epsilon: (B, 1, 1, 1).
 
-    Returns (loss, Wasserstein estimate, gradient penalty), each a scalar on the device.
+    Returns (loss, Wasserstein estimate, gradient penalty), each a scalar on the device. Under torchrun B counts
+    this rank's share of the batch, and the scalars are about that share.
     """
+    critic = state.ddp_critic or state.critic
     autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
     with torch.no_grad(), autocast:
         fake = state.generator(z)  # (B, 3, S, S); without a graph, since only the critic learns here
     state.optim_d.zero_grad()
-    with autocast:
-        loss = critic_loss(state.critic(real), state.critic(fake))
-    loss.backward()
-    estimate, penalty = -loss.detach(), loss.new_zeros(())
+    penalty = real.new_zeros(())
     if settings.lipschitz == "gp":
-        # A backward pass of its own: the gradients add up, and the graphs are never in memory together.
-        with autocast:
-            penalty = gradient_penalty(state.critic, real, fake, epsilon)
-            loss = loss.detach() + settings.gp * penalty
-        loss.backward()
+        # A backward pass of its own: the gradients add up, and the graphs are never in memory together. The ranks
+        # exchange them after the other pass, since no bias has a part in the penalty, and DDP waits for all weights.
+        with critic.no_sync() if state.ddp_critic else contextlib.nullcontext():
+            with autocast:
+                penalty = gradient_penalty(critic, real, fake, epsilon)
+            (settings.gp * penalty).backward()
+    with autocast:
+        loss = critic_loss(critic(real), critic(fake))
+    loss.backward()
     state.optim_d.step()
     if settings.lipschitz == "clip":
         clip_weights(state.critic, settings.clip)
-    return loss.detach(), estimate, penalty.detach()
+    loss, penalty = loss.detach(), penalty.detach()
+    return loss + settings.gp * penalty, -loss, penalty
 
 
 def generator_step(state, settings, z):
     """Update the generator once. z: (B, nz). Returns (loss, images (B, 3, S, S))."""
     state.critic.requires_grad_(False)  # its weight gradients would be computed and thrown away
     with torch.autocast(z.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-        fake = state.generator(z)  # (B, 3, S, S)
+        fake = (state.ddp_generator or state.generator)(z)  # (B, 3, S, S)
         loss = generator_loss(state.critic(fake))
     state.optim_g.zero_grad()
     loss.backward()
@@ -455,15 +712,17 @@ def train_step(state, settings, dataset, device, updates=(critic_step, generator
     """Do one step. Returns ((loss/critic, loss/generator, Wasserstein estimate, penalty) as (4,), real, fake).
 
     updates: the two functions that update the networks, or what capture_updates made of them.
+    Under torchrun a rank does its share of the batch, and what it returns is about that share alone.
     """
     update_critic, update_generator = updates
-    noise = draw_noise(settings, state.step)
-    noise = {name: values.to(device, non_blocking=True) for name, values in noise.items()}
+    mine = share_of_batch(settings.batch_size)
+    noise = draw_noise(settings, state.step)  # of the whole batch, so that it is the same on any number of ranks
+    noise = {name: values[:, mine].to(device, non_blocking=True) for name, values in noise.items()}
     set_fade(state, settings)
     seen = state.step * settings.n_critic * settings.batch_size
     for i in range(settings.n_critic):
         indices = batch_indices(len(dataset), settings.seed, seen + i * settings.batch_size, settings.batch_size)
-        real = to_range(dataset.pixels(indices).to(device, non_blocking=True), settings.size)  # (B, 3, S, S)
+        real = to_range(dataset.pixels(indices[mine]).to(device, non_blocking=True), settings.size)  # (B, 3, S, S)
         real = torch.where(noise["flip"][i], real.flip(3), real)
         loss_d, estimate, penalty = update_critic(state, settings, real, noise["z"][i], noise["epsilon"][i])
     loss_g, fake = update_generator(state, settings, noise["z"][-1])
@@ -544,7 +803,10 @@ def gradient_norm(network):
 
 
 def log_scalars(writer, state, settings, losses, real, fake, images_per_second):
-    """Write the scalars of the steps since the last call. losses: (steps, 4) on the CPU."""
+    """Write the scalars of the steps since the last call. losses: (steps, 4) on the CPU.
+
+    real, fake: (B, 3, S, S); under torchrun rank 0's share of the batch, which is enough to tell diversity.
+    """
     loss_d, loss_g, estimate, penalty = losses.mean(dim=0).tolist()
     scalars = {
         "loss/critic": loss_d,
@@ -616,7 +878,7 @@ def dry_run(state, settings, device):
             return 1_000_000
 
         def pixels(self, indices):
-            return torch.from_numpy(noise).permute(0, 3, 1, 2)
+            return torch.from_numpy(noise[: len(indices)]).permute(0, 3, 1, 2)
 
     updates = capture_updates(state, settings, device) if settings.cuda_graphs else (critic_step, generator_step)
 
@@ -629,6 +891,8 @@ def dry_run(state, settings, device):
 
     seconds(2)  # warm up
     per_step = seconds(3 if device.type == "cpu" else 50)
+    if rank() > 0:
+        return
     count = {name: sum(p.numel() for p in getattr(state, name).parameters()) for name in ("generator", "critic")}
     weights = 4 * sum(count.values())
     steps, kept = settings.steps, settings.steps // settings.checkpoint_every
@@ -683,17 +947,18 @@ def writes_aside(device):
 
 def train(settings, checkpoint=None, checkpoint_path=None):
     """Train until step settings.steps, or until SIGINT or SIGTERM. Returns the exit status."""
-    device = pick_device(settings.device)
-    settings.precision = resolve_precision(settings.precision, device)
+    with ending_together():
+        device = pick_rank_device(settings.device)
+        if settings.cuda_graphs and (device.type != "cuda" or under_torchrun()):
+            raise ValueError(f"--cuda-graphs: is for one NVIDIA GPU without torchrun; this process is on {device}")
+    settings.precision = from_rank_0(resolve_precision, settings.precision, device)
     prepare(device)
-    if settings.cuda_graphs and device.type != "cuda":
-        raise ValueError(f"--cuda-graphs: needs an NVIDIA GPU, and --device {settings.device} means {device}")
     state = build_state(settings, device)
     if settings.dry_run:
         dry_run(state, settings, device)
         return 0
 
-    dataset = open_data(settings.data, settings.size, settings.crop, settings.split, settings.cache, settings.workers)
+    dataset = open_data_once(settings)
     settings.data = dataset.paths  # so that a resume finds the same, also where none were given
     if device.type == "cuda" and len(dataset) * dataset.images[0].nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         dataset.to(device)
@@ -704,22 +969,20 @@ def train(settings, checkpoint=None, checkpoint_path=None):
     }
     if checkpoint:
         before = checkpoint["made_by"]["data"]
-        if before["fingerprint"] != dataset.fingerprint:
-            raise ValueError(
-                f"--data {' '.join(settings.data)}: {len(dataset):,} images ({dataset.fingerprint}), but the run in "
-                f"{checkpoint_path} was trained on {before['images']:,} others ({before['name']}, "
-                f"{before['fingerprint']}); pass the same images, or start a new run with another --out"
-            )
+        with ending_together():
+            if before["fingerprint"] != dataset.fingerprint:
+                raise ValueError(
+                    f"--data {' '.join(settings.data)}: {len(dataset):,} images ({dataset.fingerprint}), but the run "
+                    f"in {checkpoint_path} was trained on {before['images']:,} others ({before['name']}, "
+                    f"{before['fingerprint']}); pass the same images, or start a new run with another --out"
+                )
         restore(state, checkpoint)
         print(f"Going on from step {state.step:,} of {checkpoint_path}.")
     elif settings.grow_from:
-        grow(state, settings.grow_from)
-    if settings.out is None:
-        settings.out = str(new_run_folder(dataset.name, settings))
+        with ending_together():
+            grow(state, settings.grow_from)
+    settings.out = from_rank_0(open_run_folder, dataset.name, settings)
     out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for left in out.glob(".*.tmp"):  # half-written by a process that was killed
-        left.unlink()
     if state.step >= settings.steps:
         print(f"Nothing to do: {out} is at step {state.step:,} of --steps {settings.steps:,}.")
         return 0
@@ -729,12 +992,12 @@ def train(settings, checkpoint=None, checkpoint_path=None):
     )
 
     updates = capture_updates(state, settings, device) if settings.cuda_graphs else (critic_step, generator_step)
+    if rank() == 0:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed only here
 
-    from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed only here
-
-    # purge_step hides what a killed run had logged after its last checkpoint, and now comes again.
-    writer = SummaryWriter(out, purge_step=state.step + 1 if checkpoint else None, flush_secs=10)
-    writer.add_text("settings", settings_table(settings), state.step)
+        # purge_step hides what a killed run had logged after its last checkpoint, and now comes again.
+        writer = SummaryWriter(out, purge_step=state.step + 1 if checkpoint else None, flush_secs=10)
+        writer.add_text("settings", settings_table(settings), state.step)
 
     stopped_by = []
 
@@ -750,30 +1013,40 @@ def train(settings, checkpoint=None, checkpoint_path=None):
     writing, saved = [], None
     begin, begin_step = time.perf_counter(), state.step
     last_log, last_line = (begin, begin_step), 0.0
-    bar = tqdm(total=settings.steps, initial=state.step, unit="step", disable=None, dynamic_ncols=True)
+    no_bar = True if rank() > 0 else None  # None: where there is no terminal
+    bar = tqdm(total=settings.steps, initial=state.step, unit="step", disable=no_bar, dynamic_ncols=True)
     try:
         is_last = False
         while not is_last:
             losses, real, fake = train_step(state, settings, dataset, device, updates)
             history.append(losses)
             bar.update()
-            is_last = state.step == settings.steps or bool(stopped_by)
+            stop_signal = agree_on_stop(stopped_by)
+            is_last = state.step == settings.steps or stop_signal > 0
             log_now = state.step % settings.log_every == 0
             save_now = state.step % settings.checkpoint_every == 0 or is_last
             sample_now = state.step % settings.sample_every == 0 or is_last
             if not (log_now or save_now or sample_now):
                 continue
-            recent = torch.stack(history).cpu()  # (steps since the last log, 4); waits for the device
+            # Of the whole batches, also for a checkpoint: each rank has noted only the losses of its share.
+            recent = mean_over_ranks(torch.stack(history))  # (steps since the last log, 4)
+            history = list(recent)
+            recent = recent.cpu()  # waits for the device
             weights = torch.nn.utils.get_total_norm([*state.generator.parameters(), *state.critic.parameters()])
             bad = (~recent.isfinite().all(dim=1)).nonzero()
             if len(bad) or not weights.isfinite():
                 first = int(bad[0]) if len(bad) else len(history) - 1
-                raise FloatingPointError(
-                    f"the {'loss is' if len(bad) else 'weights are'} not finite at step "
-                    f"{state.step - len(history) + first + 1}; the last good checkpoint is "
-                    f"{saved or checkpoint_path or 'none yet'}; start a new run with a lower --lr-d and --lr-g, "
-                    "or --precision fp32"
-                )
+                with ending_together():  # it has come on all ranks
+                    raise FloatingPointError(
+                        f"the {'loss is' if len(bad) else 'weights are'} not finite at step "
+                        f"{state.step - len(history) + first + 1}; the last good checkpoint is "
+                        f"{saved or checkpoint_path or 'none yet'}; start a new run with a lower --lr-d and "
+                        "--lr-g, or --precision fp32"
+                    )
+            if log_now:
+                history.clear()
+            if rank() > 0:
+                continue
             if log_now:
                 now = time.perf_counter()
                 speed = (state.step - last_log[1]) * settings.n_critic * settings.batch_size / (now - last_log[0])
@@ -786,7 +1059,6 @@ def train(settings, checkpoint=None, checkpoint_path=None):
                     left = (now - begin) / (state.step - begin_step) * (settings.steps - state.step)
                     print(f"step {state.step}/{settings.steps}  critic {loss_d:.4g}  generator {loss_g:.4g}  "
                           f"{speed:.0f} images/s  {format_time(left)} left", flush=True)  # fmt: skip
-                history.clear()
             if sample_now or save_now:
                 for task in writing:  # one copy in memory at a time; raises what went wrong in writing the last
                     task.result()
@@ -803,25 +1075,33 @@ def train(settings, checkpoint=None, checkpoint_path=None):
             if is_last or not writes_aside(device):
                 for task in writing:
                     task.result()
+        with ending_together():  # wait for rank 0's last checkpoint, while a second signal still ends no rank
+            pass
     finally:
         background.shutdown()
         bar.close()
-        writer.close()
+        if rank() == 0:
+            writer.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
     took = format_time(time.perf_counter() - begin)
-    if stopped_by and state.step < settings.steps:
-        name = signal.Signals(stopped_by[0]).name
+    if stop_signal and state.step < settings.steps:
+        name = signal.Signals(stop_signal).name
         print(f"Stopped by {name} at step {state.step:,} after {took}; go on with: python Trainloop.py --resume {out}")
-        return 128 + stopped_by[0]
+        return 128 + stop_signal
     print(f"Finished step {state.step:,} after {took}; faces, checkpoints and TensorBoard files are in {out}, "
           f"the newest faces in {out / 'samples.png'}")  # fmt: skip
     return 0
 
 
 def main(argv=None):
+    settings = None
     try:
-        return train(*read_settings(argv))
+        join_ranks()
+        settings, *resume = read_settings_once(argv)
+        status = train(settings, *resume)
+        leave_ranks()
+        return status
     except (ValueError, FileNotFoundError) as error:
         status = 2
         message = str(error)
@@ -829,14 +1109,20 @@ def main(argv=None):
         status = 1
         message = str(error)
     except (MemoryError, RuntimeError) as error:  # torch reports either device's memory as RuntimeError
-        if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
-            raise
         status = 1
         reason = (str(error).splitlines() or ["no details"])[0]
-        message = f"out of memory ({reason}); use a smaller --batch-size, or --ngf, --ndf and --size"
+        if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
+            message = f"out of memory ({reason}); use a smaller --batch-size, or --ngf, --ndf and --size"
+        elif is_lost_rank(error):
+            # The ranks are not left here: that may wait for what was to be exchanged with the lost one.
+            reason = re.sub(r"^\[\S+\] |\. .*", "", reason)  # without the place in gloo's source, and its advice
+            out = settings and settings.out
+            message = f"lost the other processes ({reason})" + (f"; go on with --resume {out}" if out else "")
+        else:
+            raise
     except KeyboardInterrupt:
         return 130
-    print(f"Trainloop.py: error: {message}", file=sys.stderr)
+    print(f"Trainloop.py: error: {f'rank {rank()}: ' if rank() else ''}{message}", file=sys.stderr)
     return status
 
 
