@@ -269,8 +269,17 @@ def restore(state, checkpoint):
     state.step = checkpoint["step"]
 
 
+def history_of_commands(file, command):
+    """Return all commands that made a model, a line each: those that made `file`, then the one that goes on from it."""
+    before = (file.get("made_by") or {}).get("command", "")
+    return before if before.endswith(command) else f"{before}\n{command}".strip()
+
+
 def grow(state, path):
-    """Take over all blocks of the networks of half the size in a model file, by their names; the rest stays new."""
+    """Take over all blocks of the networks of half the size in a model file, by their names; the rest stays new.
+
+    Returns the file. Raises ValueError where its networks do not fit.
+    """
     file = read_model_file(path)
     parts = [(state.generator, file["generator"]["state"]), (state.critic, file["critic"]["state"])]
     if state.ema:
@@ -284,6 +293,7 @@ def grow(state, path):
         lost = [key for key in missing if ".".join(key.split(".")[:2]) not in new | {"fade"}]
         if lost:
             raise ValueError(f"--grow-from {path}: lacks {', '.join(lost)}")
+    return file
 
 
 def set_fade(state, settings):
@@ -976,11 +986,13 @@ def train(settings, checkpoint=None, checkpoint_path=None):
                     f"in {checkpoint_path} was trained on {before['images']:,} others ({before['name']}, "
                     f"{before['fingerprint']}); pass the same images, or start a new run with another --out"
                 )
+        made_by["command"] = history_of_commands(checkpoint, made_by["command"])
         restore(state, checkpoint)
         print(f"Going on from step {state.step:,} of {checkpoint_path}.")
     elif settings.grow_from:
         with ending_together():
-            grow(state, settings.grow_from)
+            smaller = grow(state, settings.grow_from)
+            made_by["command"] = history_of_commands(smaller, made_by["command"])
     settings.out = from_rank_0(open_run_folder, dataset.name, settings)
     out = Path(settings.out)
     if state.step >= settings.steps:

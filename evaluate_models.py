@@ -71,14 +71,16 @@ def generator_only(path):
     if isinstance(settings.get("data"), list):
         settings["data"] = without_folders(settings["data"])
     if "command" in made_by:
-        made_by["command"] = " ".join(without_folders(made_by["command"].split()))
+        lines = (" ".join(without_folders(line.split())) for line in made_by["command"].splitlines())
+        made_by["command"] = "\n".join(lines)
+    state = file.get("ema") or file["generator"]["state"]
     return {
         "format": file["format"],
         "step": file.get("step"),
         "settings": settings,
         "generator": {
             "config": file["generator"]["config"],
-            "state": file.get("ema") or file["generator"]["state"],
+            "state": {key: halved(tensor) for key, tensor in state.items()},
         },
         "made_by": made_by,
     }
@@ -92,6 +94,14 @@ def write_atomically(path, content):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def halved(tensor):
+    """Return a float32 matrix or kernel as float16: half the file, and no pixel moves by more than a grey level.
+
+    Vectors stay as they are: BatchNorm's statistics are among them, whose range is unbounded.
+    """
+    return tensor.half() if tensor.dtype == torch.float32 and tensor.dim() > 1 else tensor
 
 
 def model_bytes(path):
@@ -679,7 +689,7 @@ def model_card(file, path, target, digest):
         "",
         f"- sha256: `{digest}`",
         f"- trained on: {data or 'unknown'}",
-        f"- made by: `{made_by.get('command', 'unknown')}`",
+        "- made by: " + ", then ".join(f"`{line}`" for line in made_by.get("command", "unknown").splitlines()),
     ]
     if note.is_file():
         best = json.loads(note.read_text(encoding="utf-8"))

@@ -313,7 +313,8 @@ def test_the_best_is_kept_with_its_reason_and_not_overwritten_silently(table, tm
     file = torch.load(kept, weights_only=True)
     assert set(file) == {"format", "step", "settings", "generator", "made_by"}
     ema = torch.load(best, weights_only=True)["ema"]
-    assert all(torch.equal(file["generator"]["state"][key], ema[key]) for key in ema)
+    for key in ema:
+        torch.testing.assert_close(file["generator"]["state"][key].to(ema[key].dtype), ema[key], rtol=1e-3, atol=1e-6)
 
     before = kept.read_bytes()
     assert table(worst, "--by", "fd")[0] == 2 and "stays" in capsys.readouterr().err
@@ -334,7 +335,9 @@ def test_export_writes_a_generator_a_sum_and_a_card(tmp_path, capsys):
     assert name == "face.pt" and digest == hashlib.sha256(target.read_bytes()).hexdigest()
     assert digest in (tmp_path / "face.md").read_text()
     z = gaussian(2, 16)
-    assert torch.equal(Generator.load(target)(z), Generator.load(model)(z))
+    faces = [ev.to_uint8(Generator.load(path)(z)).int() for path in (target, model)]
+    assert (faces[0] - faces[1]).abs().max() <= 1  # half precision
+    assert target.stat().st_size < 0.6 * sum(t.nbytes for t in Generator.load(model).state_dict().values())
     file = torch.load(target, weights_only=True)
     assert "critic" not in file and file["settings"]["data"] == ["a.zip", "data/b.zip"]
     assert (

@@ -240,6 +240,20 @@ def test_growing_takes_over_the_smaller_networks_and_fades_the_new_blocks_in(tin
     assert main(["--resume", "large", "--steps", "8", "--device", "cpu"]) == 0
 
 
+def test_a_file_tells_all_commands_that_made_it(tiny, tmp_path, monkeypatch):
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["Trainloop.py", *map(str, args)])
+        assert tiny(*args[2:]) == 0
+
+    run("call", "1", "--steps", 1, "--out", "small")
+    run("call", "2", "--steps", 1, "--out", "large", "--grow-from", "small/checkpoint_000001.pt", "--size", 64)
+    for steps in (2, 3):
+        monkeypatch.setattr(sys, "argv", ["Trainloop.py", "call", "3"])
+        assert main(["--resume", "large", "--device", "cpu", "--steps", str(steps)]) == 0
+    command = read_model_file(tmp_path / "large/generator_000003.pt")["made_by"]["command"]
+    assert [line.split()[3] for line in command.splitlines()] == ["1", "2", "3"]
+
+
 def test_growing_and_a_resume_in_the_middle_of_it_equal_growing(tiny, tmp_path):
     assert tiny("--steps", 1, "--out", "small") == 0
     grow = ["--grow-from", "small/checkpoint_000001.pt", "--size", "64", "--fade-steps", 5]
