@@ -99,7 +99,8 @@ class Critic(nn.Module):
             if self.fade is not None and 2 * int(resolution) == self.size:
                 small = nn.functional.avg_pool2d(images, 2)  # (N, nc, size/2, size/2)
                 small = leaky(self.from_rgb[resolution](small))  # (N, ndf*256/size, size/4, size/4)
-                x = torch.lerp(small, x, self.fade.to(x.dtype))
+                # Under autocast a convolution gives bf16, but on CUDA a GroupNorm gives fp32.
+                x = torch.lerp(small.to(x.dtype), x, self.fade.to(x.dtype))
         # The loss is a small difference of large scores, so the last layer stays fp32 under autocast.
         with torch.autocast(x.device.type, enabled=False):
             return self.head(x.flatten(1).float()).squeeze(1)  # (N, ndf*16*4*4) -> (N,)
@@ -136,7 +137,9 @@ def gradient_penalty(critic, real, fake, epsilon):
             "BatchNorm makes every score depend on the whole batch; use --norm layer or --norm none"
         )
     mix = torch.lerp(fake, real, epsilon).detach().requires_grad_()  # (N, C, H, W)
-    (gradient,) = torch.autograd.grad(critic(mix).sum(), mix, create_graph=True)  # (N, C, H, W)
+    score = critic(mix).sum()
+    with torch.autocast(mix.device.type, enabled=False):  # each layer's gradient in the type of its forward pass
+        (gradient,) = torch.autograd.grad(score, mix, create_graph=True)  # (N, C, H, W)
     norm = torch.linalg.vector_norm(gradient.flatten(1).float(), dim=1)  # (N, C*H*W) -> (N,)
     return (norm - 1).square().mean()
 

@@ -161,7 +161,9 @@ class CelebADataset(torch.utils.data.Dataset):
         """
         indices = torch.as_tensor(indices)
         if self.resident is not None:
-            return self.resident[indices.to(self.resident.device)].permute(0, 3, 1, 2)
+            if self.resident.is_cuda:
+                indices = indices.pin_memory()  # or the copy would wait until the GPU has done all that came before
+            return self.resident[indices.to(self.resident.device, non_blocking=True)].permute(0, 3, 1, 2)
         return torch.from_numpy(self.images[self.rows[indices.numpy()]]).permute(0, 3, 1, 2)
 
     def batch(self, indices):

@@ -8,6 +8,7 @@ from torch import nn
 
 SIZES = (32, 64, 128, 256, 512)  # image sizes in pixels that the networks can be built for
 FORMAT = 1  # version of the files that Trainloop.py writes
+OUT_OF_MEMORY = "out of memory|enough memory|allocate memory|ALLOC_FAILED"  # CUDA, CPU, cuDNN and cuBLAS
 STEM_WIDTH = 512  # channels of the 4x4 block, whatever ngf is (the report's slides)
 
 

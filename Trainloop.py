@@ -21,6 +21,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from Dataset import add_data_flags, batch_indices, choose_paths, open_data, seed
 from Generator import (
     BLOCKS,
     FORMAT,
+    OUT_OF_MEMORY,
     SIZES,
     Generator,
     add_device_flag,
@@ -64,7 +66,6 @@ FREE = {"data", "cache", "workers", "device", "out", "resume", "preset", "steps"
         "checkpoint_every", "log_every", "sample_every", "cuda_graphs"}  # fmt: skip
 # Of these, what the checkpoint does not hand on to the resumed run.
 NOT_RESTORED = {"workers", "device", "out", "resume", "preset", "dry_run", "cuda_graphs"}
-OUT_OF_MEMORY = "out of memory|not enough memory|can't allocate memory|ALLOC_FAILED"  # CUDA, CPU, cuDNN and cuBLAS
 SAMPLES = 32  # faces in a sample grid: cell i is the face of seed i
 
 
@@ -118,7 +119,7 @@ def build_parser():
     add("--log-every", type=int, default=50, help="steps between scalars")
     add("--sample-every", type=int, default=1000, help="steps between sample grids")
     add("--cuda-graphs", action=argparse.BooleanOptionalAction, default=False,
-        help="replay each update as one CUDA graph, on one NVIDIA GPU")  # fmt: skip
+        help="replay each update as one CUDA graph, on one NVIDIA GPU; to be given again on a resume")  # fmt: skip
     add("--dry-run", action="store_true", help="print parameters, memory, disk and expected hours, and stop")
     add_device_flag(parser.add_argument_group("run on"))
     return parser
@@ -139,15 +140,16 @@ def read_settings(argv=None):
     path, checkpoint = find_resume(given.get("resume"), given.get("out"))
     saved = {}
     if checkpoint:
-        saved = {name: value for name, value in checkpoint["settings"].items() if name not in NOT_RESTORED}
+        # An older file lacks the settings that came later; it was trained with what is their default now.
+        saved = {name: value for name, value in (defaults | checkpoint["settings"]).items() if name not in NOT_RESTORED}
         for name, value in asked.items():
-            if name not in FREE and name in saved and saved[name] != value and (name, value) != ("precision", "auto"):
+            if name not in FREE and saved[name] != value and (name, value) != ("precision", "auto"):
                 raise ValueError(
                     f"{flag(name)} {value}: the run in {path} was trained with {flag(name)} {saved[name]}; "
                     "leave the flag out to go on, or start a new run with another --out"
                 )
     if asked.get("grow_from") and not checkpoint:
-        asked = settings_of_grown(asked)
+        asked |= settings_of_grown(given)
     settings = argparse.Namespace(**(defaults | asked | saved | given))
     if saved:
         settings.precision = saved["precision"]
@@ -156,12 +158,12 @@ def read_settings(argv=None):
     return settings, checkpoint, path
 
 
-def settings_of_grown(asked):
-    """Return the settings asked for plus those that --grow-from decides: its architecture, and twice its size.
+def settings_of_grown(given):
+    """Return the settings that the file of --grow-from decides: its architecture, and twice its size.
 
-    Raises ValueError where what was asked for contradicts them, or the file cannot be grown.
+    Raises ValueError where a given flag contradicts them, or the file cannot be grown.
     """
-    path = asked["grow_from"]
+    path = given["grow_from"]
     file = read_model_file(path)
     if "critic" not in file:
         raise ValueError(f"--grow-from {path}: holds no critic; take a checkpoint_*.pt")
@@ -171,10 +173,10 @@ def settings_of_grown(asked):
     config = {name: value for name, value in config.items() if name not in ("nc", "grown")}
     config["size"] *= 2
     for name, value in config.items():
-        if asked.get(name, value) != value:
-            raise ValueError(f"{flag(name)} {asked[name]}: --grow-from {path} was trained for {flag(name)} "
+        if given.get(name, value) != value:
+            raise ValueError(f"{flag(name)} {given[name]}: --grow-from {path} was trained for {flag(name)} "
                              f"{value // 2 if name == 'size' else value} and gives {flag(name)} {value}")  # fmt: skip
-    return asked | config
+    return config
 
 
 def flag(name):
@@ -265,6 +267,8 @@ def restore(state, checkpoint):
         state.ema.load_state_dict(checkpoint["ema"])
     state.optim_g.load_state_dict(checkpoint["optim_g"])
     state.optim_d.load_state_dict(checkpoint["optim_d"])
+    for group in (*state.optim_g.param_groups, *state.optim_d.param_groups):
+        group["capturable"] = False  # as the file has it where it was written by a run with --cuda-graphs
     torch.set_rng_state(checkpoint["rng"]["torch"])
     state.step = checkpoint["step"]
 
@@ -322,7 +326,10 @@ def save_atomically(content, path):
 
 
 def save_checkpoint(content, out, keep):
-    """Write checkpoint_STEP.pt and generator_STEP.pt into the folder `out`, then drop all but the last `keep`."""
+    """Write checkpoint_STEP.pt and generator_STEP.pt into the folder `out`, then drop all but the last `keep`.
+
+    Returns the path of the checkpoint.
+    """
     step, average = content["step"], content["ema"] or content["generator"]["state"]
     shared = {name: content[name] for name in ("format", "step", "settings", "made_by")}
     shared["generator"] = {"config": content["generator"]["config"], "state": average}
@@ -330,6 +337,7 @@ def save_checkpoint(content, out, keep):
     save_atomically(content, out / f"checkpoint_{step:06d}.pt")
     for old in [path for path in list_checkpoints(out) if step_of(path) <= step][keep:]:
         old.unlink()
+    return out / f"checkpoint_{step:06d}.pt"
 
 
 def snapshot(value):
@@ -718,27 +726,39 @@ def update_ema(ema, network, decay):
             mine.copy_(other)
 
 
-def train_step(state, settings, dataset, device, updates=(critic_step, generator_step)):
+def updates_of(state, settings, device):
+    """Return the functions that update the critic, (real, z, epsilon), and the generator, (z), once."""
+    if settings.cuda_graphs:
+        return capture_updates(state, settings, device)
+    return partial(critic_step, state, settings), partial(generator_step, state, settings)
+
+
+def train_step(state, settings, dataset, device, updates=None):
     """Do one step. Returns ((loss/critic, loss/generator, Wasserstein estimate, penalty) as (4,), real, fake).
 
-    updates: the two functions that update the networks, or what capture_updates made of them.
+    updates: what updates_of returned, once for a run where it makes CUDA graphs.
     Under torchrun a rank does its share of the batch, and what it returns is about that share alone.
     """
-    update_critic, update_generator = updates
+    update_critic, update_generator = updates or updates_of(state, settings, device)
     mine = share_of_batch(settings.batch_size)
     noise = draw_noise(settings, state.step)  # of the whole batch, so that it is the same on any number of ranks
-    noise = {name: values[:, mine].to(device, non_blocking=True) for name, values in noise.items()}
+    noise = {name: values[:, mine] for name, values in noise.items()}
+    if device.type == "cuda":  # from pinned memory a copy does not wait for what the GPU is doing
+        noise = {name: values.pin_memory() for name, values in noise.items()}
+    noise = {name: values.to(device, non_blocking=True) for name, values in noise.items()}
     set_fade(state, settings)
     seen = state.step * settings.n_critic * settings.batch_size
     for i in range(settings.n_critic):
         indices = batch_indices(len(dataset), settings.seed, seen + i * settings.batch_size, settings.batch_size)
         real = to_range(dataset.pixels(indices[mine]).to(device, non_blocking=True), settings.size)  # (B, 3, S, S)
         real = torch.where(noise["flip"][i], real.flip(3), real)
-        loss_d, estimate, penalty = update_critic(state, settings, real, noise["z"][i], noise["epsilon"][i])
-    loss_g, fake = update_generator(state, settings, noise["z"][-1])
+        loss_d, estimate, penalty = update_critic(real, noise["z"][i], noise["epsilon"][i])
+    loss_g, fake = update_generator(noise["z"][-1])
     if state.ema:
-        # Early on the average follows faster, or it would show the random start for 1 / (1 - ema) steps.
-        update_ema(state.ema, state.generator, min(settings.ema, (1 + state.step) / (10 + state.step)))
+        # Early on the average follows faster, or it would show the random start for 1 / (1 - ema) steps. A network
+        # that was grown does not start at random, and brings its average along.
+        warm_up = 1 if settings.grow_from else (1 + state.step) / (10 + state.step)
+        update_ema(state.ema, state.generator, min(settings.ema, warm_up))
     state.step += 1
     return torch.stack([loss_d, loss_g, estimate, penalty]), real, fake
 
@@ -768,11 +788,11 @@ def capture_updates(state, settings, device):
     b, size = settings.batch_size, settings.size
     real = torch.zeros(b, 3, size, size, device=device).to(memory_format=torch.channels_last)
     z, epsilon = torch.randn(b, settings.nz, device=device), torch.rand(b, 1, 1, 1, device=device)
-    update_critic = capture(lambda *inputs: critic_step(state, settings, *inputs), real, z, epsilon)
-    update_generator = capture(lambda z: generator_step(state, settings, z), z)
+    update_critic = capture(partial(critic_step, state, settings), real, z, epsilon)
+    update_generator = capture(partial(generator_step, state, settings), z)
     for tensor, value in zip(tensors, before, strict=True):  # what the warm-up trained on is undone
         tensor.copy_(value)
-    return lambda _, __, *inputs: update_critic(*inputs), lambda _, __, z: update_generator(z)
+    return update_critic, update_generator
 
 
 def capture(function, *inputs):
@@ -890,7 +910,7 @@ def dry_run(state, settings, device):
         def pixels(self, indices):
             return torch.from_numpy(noise[: len(indices)]).permute(0, 3, 1, 2)
 
-    updates = capture_updates(state, settings, device) if settings.cuda_graphs else (critic_step, generator_step)
+    updates = updates_of(state, settings, device)
 
     def seconds(steps):
         start = time.perf_counter()
@@ -910,7 +930,8 @@ def dry_run(state, settings, device):
     images, _, side = survey(choose_paths(settings.data), settings.size)
     print(f"parameters   generator {count['generator']:,}, critic {count['critic']:,}")
     if device.type == "cuda":
-        print(f"memory       {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on {torch.cuda.get_device_name()}")
+        print(f"memory       {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on {torch.cuda.get_device_name()}, "
+              "beside the images, which go there where they fill no more than half of what is free")  # fmt: skip
     else:
         print(f"memory       {(full + weights) / 1e9:.2f} GB for weights, gradients and optimizers, beside the batch's")
     print(f"disk         {len(images) * side * side * 3 / 1e9:.2f} GB for {len(images):,} packed images, "
@@ -937,14 +958,15 @@ def resolve_precision(precision, device):
 def prepare(device):
     """Set this process up for training on `device`."""
     if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # streams and graphs are made on the current one
         torch.backends.cudnn.benchmark = True  # shapes never change
     if device.type == "cpu":
         # glibc gives every freed block of over 32 MB back to the system, and pays for new pages at the next step.
         # Keeping those below 48 MB made a step 1.1 to 1.3 times as fast; keeping all costs 250 MB and little more.
         with contextlib.suppress(OSError, AttributeError, TypeError):  # another libc than glibc
             mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-3, 48 * 2**20)  # M_MMAP_THRESHOLD
-            mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+            if mallopt(-3, 48 * 2**20) or mallopt(-3, 32 * 2**20):  # M_MMAP_THRESHOLD; old versions take 32 MB at most
+                mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def writes_aside(device):
@@ -961,8 +983,8 @@ def train(settings, checkpoint=None, checkpoint_path=None):
         device = pick_rank_device(settings.device)
         if settings.cuda_graphs and (device.type != "cuda" or under_torchrun()):
             raise ValueError(f"--cuda-graphs: is for one NVIDIA GPU without torchrun; this process is on {device}")
-    settings.precision = from_rank_0(resolve_precision, settings.precision, device)
     prepare(device)
+    settings.precision = from_rank_0(resolve_precision, settings.precision, device)
     state = build_state(settings, device)
     if settings.dry_run:
         dry_run(state, settings, device)
@@ -1003,7 +1025,7 @@ def train(settings, checkpoint=None, checkpoint_path=None):
         f"into {out}\nWatch it with: tensorboard --logdir {out.parent}"
     )
 
-    updates = capture_updates(state, settings, device) if settings.cuda_graphs else (critic_step, generator_step)
+    updates = updates_of(state, settings, device)
     if rank() == 0:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed only here
 
@@ -1073,7 +1095,7 @@ def train(settings, checkpoint=None, checkpoint_path=None):
                           f"{speed:.0f} images/s  {format_time(left)} left", flush=True)  # fmt: skip
             if sample_now or save_now:
                 for task in writing:  # one copy in memory at a time; raises what went wrong in writing the last
-                    task.result()
+                    saved = task.result() or saved
                 writing.clear()
             if sample_now:
                 images = draw_samples(state, settings, device), real[:SAMPLES].cpu()
@@ -1083,10 +1105,10 @@ def train(settings, checkpoint=None, checkpoint_path=None):
                 content = checkpoint_of(state, settings, made_by, history)
                 content = snapshot(content) if writes_aside(device) else content
                 writing.append(background.submit(save_checkpoint, content, out, settings.keep))
-                saved = out / f"checkpoint_{state.step:06d}.pt"
             if is_last or not writes_aside(device):
                 for task in writing:
-                    task.result()
+                    saved = task.result() or saved
+                writing.clear()
         with ending_together():  # wait for rank 0's last checkpoint, while a second signal still ends no rank
             pass
     finally:

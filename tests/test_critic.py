@@ -62,6 +62,17 @@ def test_a_grown_critic_starts_with_the_scores_of_the_smaller_one(parts, norm):
     assert torch.equal(large(images), whole(images))
 
 
+@pytest.mark.parametrize("blocks", ["plain", "residual"])
+def test_a_grown_critic_takes_norms_that_give_fp32_under_autocast(blocks, monkeypatch):
+    """As GroupNorm does on CUDA, but not on a CPU; lerp takes one type only."""
+    monkeypatch.setattr(nn.GroupNorm, "forward", lambda self, x: x.float())
+    critic, images = Critic(8, 3, 64, "layer", blocks, 16, grown=True), torch.randn(2, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = critic(images)
+        penalty = gradient_penalty(critic, images, images + 1, torch.rand(2, 1, 1, 1))
+    assert scores.isfinite().all() and penalty.isfinite()
+
+
 @pytest.mark.parametrize("parts", [{"blocks": "residual"}, {"attention": 16}, {"grown": True}])
 def test_the_penalty_of_every_network_agrees_with_finite_differences(parts, monkeypatch):
     """d penalty / d weight through two derivatives, against the penalty at weight +- step.

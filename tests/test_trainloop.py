@@ -227,6 +227,10 @@ def test_growing_takes_over_the_smaller_networks_and_fades_the_new_blocks_in(tin
     enlarged = Generator.load(small)(z).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     assert torch.equal(state.ema(z), enlarged)
     assert equal(state.critic.head.state_dict()["weight"], read_model_file(small)["critic"]["state"]["head.weight"])
+    train_step(state, settings, Noise(), torch.device("cpu"))
+    file = read_model_file(small)["ema"]  # the average stays what it was, but for 1 - settings.ema
+    assert (state.ema.linear.weight - file["linear.weight"]).abs().max() < 1e-6
+    assert read_settings(["--preset", "quick", "--grow-from", small])[0].ngf == 8  # a preset's architecture yields
 
     grow = ["--grow-from", small, "--size", "64", "--fade-steps", 4, "--out", "large", "--checkpoint-every", 1]
     assert tiny(*grow, "--steps", 7, "--keep", 9) == 0
@@ -474,6 +478,21 @@ def test_settings_that_contradict_the_checkpoint_are_refused_naming_both(tiny, f
     moved = tmp_path / "moved"
     shutil.copytree(faces, moved)
     assert main(["--resume", "run", "--steps", "3", "--device", "cpu", "--data", str(moved)]) == 0
+
+
+def test_a_file_from_before_a_setting_was_there_has_its_default(tiny, tmp_path, capsys):
+    assert tiny("--steps", 1, "--out", "run") == 0
+    path = tmp_path / "run/checkpoint_000001.pt"
+    file = read_model_file(path)
+    for name in ("blocks", "attention", "grow_from", "fade_steps", "cuda_graphs"):
+        del file["settings"][name]
+    for network in ("generator", "critic"):
+        for name in ("blocks", "attention", "grown"):
+            del file[network]["config"][name]
+    torch.save(file, path)
+    assert main(["--resume", "run", "--steps", "2", "--device", "cpu", "--blocks", "residual"]) == 2
+    assert "--blocks residual" in (err := capsys.readouterr().err) and "--blocks plain" in err
+    assert main(["--resume", "run", "--steps", "2", "--device", "cpu"]) == 0
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tiny, capsys):
