@@ -32,6 +32,12 @@ METRICS = {  # --features: the flag and the name of the Frechet and of the kerne
 }
 CRITIC = "critic real - fake"
 LINES = ("#e8710a", "#12b5cb", "#d01884", "#7cb342", "#425066", "#9334e6")
+TERMS = """**Terms.** CelebA may be used for non-commercial research only, and so may what was learnt from it.
+
+**Limits.** CelebA shows celebrities as press photographs do: mostly young, light-skinned, made up and smiling. A model
+of it draws such people, and worse the rarer somebody's looks are there. Its faces belong to nobody, but one may
+resemble somebody. Do not use them to pretend that a person exists, said or did something, to judge or recognise
+people, or as a picture of what people look like."""
 
 
 # ---- models ---------------------------------------------------------------------------------------------------
@@ -624,7 +630,7 @@ def choose_best(rows, metric):
 
 
 def keep_best(row, metric, protocol, floor, args):
-    """Copy the model of `row` to --bests as generator_SIZE.pt, with a .json that says how it was chosen.
+    """Copy the model of `row` to --bests as generator_SIZE.pt, with a .json that says how it was chosen and a card.
 
     Raises ValueError, and leaves all as it is, where the model there is as good, or was measured in another way,
     unless --force.
@@ -653,6 +659,8 @@ def keep_best(row, metric, protocol, floor, args):
     chosen |= {"sha256": hashlib.sha256(content).hexdigest(), "floor": floor.get(metric), "row": row}
     chosen["command"] = args.command
     write_atomically(note, (json.dumps(chosen, indent=2) + "\n").encode())
+    card = model_card(generator_only(target), target, target, chosen["sha256"])
+    write_atomically(target.with_suffix(".md"), card.encode())
     print(f"best by {metric}: {row['model']}, {row[metric]:.3f}; copied to {target}, and why to {note}")
 
 
@@ -697,7 +705,7 @@ def model_card(file, path, target, digest):
                   + ", ".join(f"{key} {value}" for key, value in best["protocol"].items()) + ")"]  # fmt: skip
     lines += ["", f"Use it: `python Interpolation.py --model {target.name}`", "", "| setting | value |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in ((file.get("settings") or {}) | config).items()]
-    lines += ["", "CelebA may be used for non-commercial research only, and so may what was learnt from it."]
+    lines += ["", TERMS]
     return "\n".join(lines) + "\n"
 
 
