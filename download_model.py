@@ -24,7 +24,8 @@ DRIVE_IDS = {
     "generator_model_batch_3462000.pt": "1J4EUE5xSUsuS7cuaSqsTwyzW6ZxmAx5y",
     "generator_model_batch_3924000.pt": "1j1xoJSWPUxM-GNpfxX0kDYNl1wYjR3Dz",
 }
-PUBLISHED_CONFIG = {"nz": 100, "ngf": 128, "nc": 3, "size": 128, "stem_norm": False}
+PUBLISHED_CONFIG = {"nz": 100, "ngf": 128, "nc": 3, "size": 128, "stem_norm": False, "blocks": "plain",
+                    "attention": 0, "grown": False}  # fmt: skip
 PUBLISHED_PARAMETERS = 20_362_819
 TIMEOUT = 60  # seconds without a byte
 
