@@ -462,7 +462,7 @@ def test_auto_starts_goes_on_and_ends_as_a_requeued_job_needs(tiny, tmp_path, ca
 def test_settings_that_contradict_the_checkpoint_are_refused_naming_both(tiny, faces, tmp_path, capsys):
     assert tiny("--steps", 2, "--out", "run") == 0
     for flags, words in (
-        ("--lr-g 0.5", ("--lr-g 0.5", "--lr-g 0.0001")),
+        ("--lr-g 0.5", ("--lr-g 0.5", "--lr-g 0.0002")),
         ("--ngf 16", ("--ngf 16", "--ngf 8")),
         ("--seed 3", ("--seed 3", "--seed 0")),
         ("--preset report", ("--size 128", "--size 32")),

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="Windows has neither these signals nor ps"),
     pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed"),
 ]
-TRAIN = [str(ROOT / "Trainloop.py"), *TINY, "--precision=fp32"]
+TRAIN = [str(ROOT / "Trainloop.py"), *TINY, "--precision=fp32", "--lr-g=1e-4", "--lr-d=1e-4"]
 GP, CLIP = ["--lipschitz=gp"], ["--lipschitz=clip", "--norm=batch"]  # CLIP: BatchNorm in both networks
 
 
