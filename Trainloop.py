@@ -1161,4 +1161,12 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+    except SystemExit as ending:
+        status = ending.code or 0
+    if under_torchrun():  # it has not left the ranks, so it ends on an error, with threads of gloo's still running:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # the interpreter's own way out would abort now and then while it takes them down
+    sys.exit(status)
