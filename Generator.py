@@ -193,6 +193,11 @@ class Generator(nn.Module):
         return generator.to(device).eval().requires_grad_(False)
 
 
+def to_uint8(images):
+    """(N, 3, S, S) in [-1, 1] -> uint8 0 .. 255, as a picture file would hold them."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 def check_size(flag, width, size):
     """Raise ValueError unless networks of `size` pixels exist and --`flag` leaves them at least one channel."""
     if size not in SIZES:

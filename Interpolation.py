@@ -14,7 +14,7 @@ import torch
 from PIL import GifImagePlugin, Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from Generator import Generator, add_device_flag, latent, pick_device
+from Generator import Generator, add_device_flag, latent, pick_device, to_uint8
 
 SHIPPED = Path("bests/generator_128.pt")
 RUNS = Path("runs")  # where --model latest looks
@@ -163,7 +163,7 @@ def film(generator, z, captions=None, scale=1, axis=1):
     at_once = max(1, BATCH_ROWS // generator.size // z.shape[1])
     for start in range(0, len(z), at_once):
         x = faces(generator, z[start : start + at_once].flatten(0, 1))  # (b*C, 3, size, size)
-        x = ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (b*C, size, size, 3)
+        x = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()  # (b*C, size, size, 3)
         x = x.repeat(scale, axis=1).repeat(scale, axis=2)
         for k, tiles in enumerate(np.split(x, len(x) // z.shape[1]), start):
             if captions:

@@ -45,6 +45,7 @@ from Generator import (
     pick_device,
     read_model_file,
     step_of,
+    to_uint8,
 )
 
 PRESETS = {
@@ -472,7 +473,6 @@ def pick_rank_device(name):
             f"--device cuda: no GPU for local rank {local}, this machine has {count}; start fewer processes with "
             "torchrun's --nproc-per-node, or use --device cpu"
         )
-    torch.cuda.set_device(local)
     return torch.device(name, local)
 
 
@@ -874,7 +874,7 @@ def tile(images):
     Not torchvision's make_grid, because importing torchvision takes 90 MB.
     """
     columns = min(8, len(images))
-    images = images[: len(images) // columns * columns].add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    images = to_uint8(images[: len(images) // columns * columns])
     images = torch.nn.functional.pad(images, (1, 1, 1, 1), value=255).unflatten(
         0, (-1, columns)
     )  # (rows, 8, 3, S+2, S+2)
@@ -883,10 +883,11 @@ def tile(images):
 
 def write_samples(writer, fake, real, step, out):
     """Write generated and real images, (N, 3, S, S) in [-1, 1], to TensorBoard, the generated also to samples.png."""
-    writer.add_image("samples/generated", tile(fake), step, dataformats="HWC")
+    grid = tile(fake)
+    writer.add_image("samples/generated", grid, step, dataformats="HWC")
     writer.add_image("samples/real", tile(real), step, dataformats="HWC")
     temporary = out / ".samples.tmp.png"
-    Image.fromarray(tile(fake)).save(temporary)
+    Image.fromarray(grid).save(temporary)
     os.replace(temporary, out / "samples.png")
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from Critic import Critic
 from Dataset import SPLITS, add_data_flags, epoch_order, open_data
-from Generator import Generator, add_device_flag, latent, pick_device, read_model_file, step_of
+from Generator import Generator, add_device_flag, latent, pick_device, read_model_file, step_of, to_uint8
 from Interpolation import SEEDS, faces, write_film
 
 BATCH = 64  # images in a batch of everything that is measured
@@ -119,11 +119,6 @@ def model_bytes(path):
 
 
 # ---- figures --------------------------------------------------------------------------------------------------
-
-
-def to_uint8(images):
-    """(N, 3, S, S) in [-1, 1] -> uint8 0 .. 255, as a picture file would hold them."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def seed_faces(path, seeds, device):
