@@ -244,7 +244,7 @@ def build_state(settings, device):
 
 
 def checkpoint_of(state, settings, made_by, history=()):
-    """Return the full checkpoint as a dict of plain tensors and plain types. history: losses not yet logged."""
+    """Return the full checkpoint as a dict of plain tensors and plain types. history: noted and not logged yet."""
     return {
         "format": FORMAT,
         "step": state.step,
@@ -676,14 +676,13 @@ def draw_noise(settings, step):
 def critic_step(state, settings, real, z, epsilon):
     """Update the critic once. real: (B, 3, S, S) in [-1, 1]; z: (B, nz); epsilon: (B, 1, 1, 1).
 
-    Returns (loss, Wasserstein estimate, gradient penalty), each a scalar on the device. Under torchrun B counts
-    this rank's share of the batch, and the scalars are about that share.
+    Returns (loss, Wasserstein estimate, gradient penalty, norm of the gradient), each a scalar on the device. Under
+    torchrun B counts this rank's share of the batch, and all but the norm are about that share.
     """
     critic = state.ddp_critic or state.critic
     autocast = torch.autocast(real.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
     with torch.no_grad(), autocast:
         fake = state.generator(z)  # (B, 3, S, S); without a graph, since only the critic learns here
-    state.optim_d.zero_grad()
     penalty = real.new_zeros(())
     if settings.lipschitz == "gp":
         # A backward pass of its own: the gradients add up, and the graphs are never in memory together. The ranks
@@ -695,24 +694,32 @@ def critic_step(state, settings, real, z, epsilon):
     with autocast:
         loss = critic_loss(critic(real), critic(fake))
     loss.backward()
+    norm = gradient_norm(state.critic)
     state.optim_d.step()
+    state.optim_d.zero_grad()  # now, not before the next one: they would lie about while the other network learns
     if settings.lipschitz == "clip":
         clip_weights(state.critic, settings.clip)
     loss, penalty = loss.detach(), penalty.detach()
-    return loss + settings.gp * penalty, -loss, penalty
+    return loss + settings.gp * penalty, -loss, penalty, norm
 
 
 def generator_step(state, settings, z):
-    """Update the generator once. z: (B, nz). Returns (loss, images (B, 3, S, S))."""
+    """Update the generator once. z: (B, nz). Returns (loss, images (B, 3, S, S), norm of the gradient)."""
     state.critic.requires_grad_(False)  # its weight gradients would be computed and thrown away
     with torch.autocast(z.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
         fake = (state.ddp_generator or state.generator)(z)  # (B, 3, S, S)
         loss = generator_loss(state.critic(fake))
-    state.optim_g.zero_grad()
     loss.backward()
+    norm = gradient_norm(state.generator)
     state.optim_g.step()
+    state.optim_g.zero_grad()
     state.critic.requires_grad_(True)
-    return loss.detach(), fake.detach()
+    return loss.detach(), fake.detach(), norm
+
+
+def gradient_norm(network):
+    """L2 norm of all gradients of a network, a scalar."""
+    return torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
 
 
 @torch.no_grad()
@@ -734,8 +741,10 @@ def updates_of(state, settings, device):
 
 
 def train_step(state, settings, dataset, device, updates=None):
-    """Do one step. Returns ((loss/critic, loss/generator, Wasserstein estimate, penalty) as (4,), real, fake).
+    """Do one step. Returns (noted (6,), real, fake).
 
+    noted: loss of the critic, of the generator, Wasserstein estimate, penalty, norms of the critic's and of the
+    generator's gradient.
     updates: what updates_of returned, once for a run where it makes CUDA graphs.
     Under torchrun a rank does its share of the batch, and what it returns is about that share alone.
     """
@@ -752,15 +761,15 @@ def train_step(state, settings, dataset, device, updates=None):
         indices = batch_indices(len(dataset), settings.seed, seen + i * settings.batch_size, settings.batch_size)
         real = to_range(dataset.pixels(indices[mine]).to(device, non_blocking=True), settings.size)  # (B, 3, S, S)
         real = torch.where(noise["flip"][i], real.flip(3), real)
-        loss_d, estimate, penalty = update_critic(real, noise["z"][i], noise["epsilon"][i])
-    loss_g, fake = update_generator(noise["z"][-1])
+        loss_d, estimate, penalty, norm_d = update_critic(real, noise["z"][i], noise["epsilon"][i])
+    loss_g, fake, norm_g = update_generator(noise["z"][-1])
     if state.ema:
         # Early on the average follows faster, or it would show the random start for 1 / (1 - ema) steps. A network
         # that was grown does not start at random, and brings its average along.
         warm_up = 1 if settings.grow_from else (1 + state.step) / (10 + state.step)
         update_ema(state.ema, state.generator, min(settings.ema, warm_up))
     state.step += 1
-    return torch.stack([loss_d, loss_g, estimate, penalty]), real, fake
+    return torch.stack([loss_d, loss_g, estimate, penalty, norm_d, norm_g]), real, fake
 
 
 def capture_updates(state, settings, device):
@@ -777,6 +786,7 @@ def capture_updates(state, settings, device):
             for parameter in network.parameters():
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
+            optimizer.zero_grad()
         for values in optimizer.state.values():
             values["step"] = values["step"].to(device)
             for tensor in values.values() if fresh else ():
@@ -827,23 +837,18 @@ def spread(images):
     return images.float().std(dim=0, correction=0).mean()
 
 
-def gradient_norm(network):
-    """L2 norm of all gradients of a network, as they were at its last update."""
-    return torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
-
-
-def log_scalars(writer, state, settings, losses, real, fake, images_per_second):
-    """Write the scalars of the steps since the last call. losses: (steps, 4) on the CPU.
+def log_scalars(writer, state, settings, noted, real, fake, images_per_second):
+    """Write the scalars of the steps since the last call. noted: (steps, 6) on the CPU, as train_step returns them.
 
     real, fake: (B, 3, S, S); under torchrun rank 0's share of the batch, which is enough to tell diversity.
     """
-    loss_d, loss_g, estimate, penalty = losses.mean(dim=0).tolist()
+    loss_d, loss_g, estimate, penalty, norm_d, norm_g = noted.mean(dim=0).tolist()
     scalars = {
         "loss/critic": loss_d,
         "loss/generator": loss_g,
         "critic/wasserstein": estimate,
-        "critic/gradient_norm": gradient_norm(state.critic),
-        "generator/gradient_norm": gradient_norm(state.generator),
+        "critic/gradient_norm": norm_d,
+        "generator/gradient_norm": norm_g,
         # 1: the fakes differ from each other as the real images do.  0: mode collapse.
         "generator/diversity": spread(fake) / spread(real).clamp_min(1e-6),
         "speed/images_per_second": images_per_second,
@@ -916,8 +921,8 @@ def dry_run(state, settings, device):
     def seconds(steps):
         start = time.perf_counter()
         for _ in range(steps):
-            losses, _, _ = train_step(state, settings, RandomImages(), device, updates)
-        losses.cpu()  # waits for the device
+            noted, _, _ = train_step(state, settings, RandomImages(), device, updates)
+        noted.cpu()  # waits for the device
         return (time.perf_counter() - start) / steps
 
     seconds(2)  # warm up
@@ -962,12 +967,12 @@ def prepare(device):
         torch.cuda.set_device(device.index or 0)  # streams and graphs are made on the current one
         torch.backends.cudnn.benchmark = True  # shapes never change
     if device.type == "cpu":
-        # glibc gives every freed block of over 32 MB back to the system, and pays for new pages at the next step.
-        # Keeping those below 48 MB made a step 1.1 to 1.3 times as fast; keeping all costs 250 MB and little more.
+        # glibc gives every large block that is freed back to the system, and pays for new pages at the next step.
+        # Keeping them made a step 1.2 to 1.4 times as fast.
         with contextlib.suppress(OSError, AttributeError, TypeError):  # another libc than glibc
             mallopt = ctypes.CDLL(None).mallopt
-            if mallopt(-3, 48 * 2**20) or mallopt(-3, 32 * 2**20):  # M_MMAP_THRESHOLD; old versions take 32 MB at most
-                mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+            mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def writes_aside(device):
@@ -1043,7 +1048,7 @@ def train(settings, checkpoint=None, checkpoint_path=None):
         stopped_by.append(number)
 
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    history = list(checkpoint["history"].to(device)) if checkpoint else []  # losses since the last log
+    history = list(checkpoint["history"].to(device)) if checkpoint else []  # what was noted since the last log
     background = ThreadPoolExecutor(1)  # writes images and checkpoints, in their order, while training goes on
     writing, saved = [], None
     begin, begin_step = time.perf_counter(), state.step
@@ -1053,8 +1058,8 @@ def train(settings, checkpoint=None, checkpoint_path=None):
     try:
         is_last = False
         while not is_last:
-            losses, real, fake = train_step(state, settings, dataset, device, updates)
-            history.append(losses)
+            noted, real, fake = train_step(state, settings, dataset, device, updates)
+            history.append(noted)
             bar.update()
             stop_signal = agree_on_stop(stopped_by)
             is_last = state.step == settings.steps or stop_signal > 0
@@ -1063,8 +1068,8 @@ def train(settings, checkpoint=None, checkpoint_path=None):
             sample_now = state.step % settings.sample_every == 0 or is_last
             if not (log_now or save_now or sample_now):
                 continue
-            # Of the whole batches, also for a checkpoint: each rank has noted only the losses of its share.
-            recent = mean_over_ranks(torch.stack(history))  # (steps since the last log, 4)
+            # Of the whole batches, also for a checkpoint: each rank has noted the losses of its share alone.
+            recent = mean_over_ranks(torch.stack(history))  # (steps since the last log, 6)
             history = list(recent)
             recent = recent.cpu()  # waits for the device
             weights = torch.nn.utils.get_total_norm([*state.generator.parameters(), *state.critic.parameters()])
