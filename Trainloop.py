@@ -9,7 +9,6 @@ On several GPUs, or machines: torchrun --nproc-per-node 8 Trainloop.py --data im
 import argparse
 import contextlib
 import copy
-import ctypes
 import math
 import os
 import platform
@@ -43,6 +42,7 @@ from Generator import (
     check_parts,
     latent,
     pick_device,
+    prepare,
     read_model_file,
     step_of,
     to_uint8,
@@ -959,20 +959,6 @@ def resolve_precision(precision, device):
     # On a CPU only matrix units (AMX) make bf16 pay: with AVX-512 alone it measured 0.5 to 0.8 of fp32's speed.
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return "bf16" if device.type == "cpu" and capabilities.get("amx_bf16") else "fp32"
-
-
-def prepare(device):
-    """Set this process up for training on `device`."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)  # streams and graphs are made on the current one
-        torch.backends.cudnn.benchmark = True  # shapes never change
-    if device.type == "cpu":
-        # glibc gives every large block that is freed back to the system, and pays for new pages at the next step.
-        # Keeping them made a step 1.2 to 1.4 times as fast.
-        with contextlib.suppress(OSError, AttributeError, TypeError):  # another libc than glibc
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
-            mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def writes_aside(device):

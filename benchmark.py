@@ -27,7 +27,7 @@ from torch.utils.flop_counter import flop_registry
 
 from Critic import Critic, critic_loss, generator_loss, gradient_penalty
 from Dataset import CelebADataset, batch_indices, draw_face, is_writable, to_range
-from Generator import OUT_OF_MEMORY, SIZES, Generator, add_device_flag, check_size, pick_device
+from Generator import OUT_OF_MEMORY, SIZES, Generator, add_device_flag, check_size, pick_device, prepare
 
 # Trainloop is imported where it is needed: what it may set up in a process must not reach the plain way's.
 
@@ -112,7 +112,7 @@ def our_way(settings, folder, device):
     """Return (step, load) as plain_way does, of the training that Trainloop.py does."""
     import Trainloop
 
-    Trainloop.prepare(device)
+    prepare(device)
     state = Trainloop.build_state(settings, device)
     dataset = CelebADataset(folder / "faces", settings.size, settings.crop, cache=folder, quiet=True)
     if device.type == "cuda":

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from Critic import Critic
 from Dataset import SPLITS, add_data_flags, epoch_order, open_data
-from Generator import Generator, add_device_flag, latent, pick_device, read_model_file, step_of, to_uint8
+from Generator import Generator, add_device_flag, latent, pick_device, prepare, read_model_file, step_of, to_uint8
 from Interpolation import SEEDS, faces, write_film
 
 BATCH = 64  # images in a batch of everything that is measured
@@ -779,6 +779,7 @@ def evaluate(args):
     """Do what the flags say: figures, table, best. Raises ValueError or OSError."""
     check(args)
     device = pick_device(args.device)
+    prepare(device)
     # One group for each run, and one for all model files that were named by themselves.
     groups = {path.resolve().name: list_models(path) for path in args.models if path.is_dir()}
     if files := [path for path in args.models if not path.is_dir()]:
