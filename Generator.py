@@ -41,10 +41,9 @@ def pick_device(name):
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name}: unknown; choose auto, cpu, cuda or mps") from None
+    if not re.fullmatch(r"cpu|mps|cuda(:\d\d?)?", name):
+        raise ValueError(f"--device {name}: unknown; choose auto, cpu, cuda, cuda:N or mps")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA GPUs; try --device auto")
     if device.type == "mps" and not has_mps:
@@ -182,7 +181,7 @@ class Generator(nn.Module):
             before, x = x, block(x)  # (N, c, R/2, R/2) -> (N, ngf*64/R, R, R)
             if resolution in self.attention:
                 x = self.attention[resolution](x)
-        # In fp32 from here, also under autocast: bf16 has no room for 256 grey levels.
+        # Blend and Tanh in fp32, also under autocast: near -1 and 1 bf16 has no room for 256 grey levels.
         x = self.to_rgb[str(self.size)](x).float()  # (N, nc, size, size)
         if self.fade is not None:
             small = self.to_rgb[str(self.size // 2)](before).float()  # (N, nc, size/2, size/2)

@@ -3,10 +3,9 @@
 import argparse
 import os
 import random
-import re
 import sys
 from functools import cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from PIL import GifImagePlugin, Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from Generator import Generator, add_device_flag, latent, pick_device, to_uint8
+from Generator import Generator, add_device_flag, latent, pick_device, step_of, to_uint8
 
 SHIPPED = Path("bests/generator_128.pt")
 RUNS = Path("runs")  # where --model latest looks
@@ -137,7 +136,7 @@ def step_sizes(generator, z):
         x = x if last is None else torch.cat([last, x])
         steps.append((x[1:] - x[:-1]).square().mean((1, 2, 3)).sqrt())
         last = x[-1:]
-    return torch.cat(steps).double().cpu().numpy() * 127.5
+    return torch.cat(steps).cpu().double().numpy() * 127.5
 
 
 @cache
@@ -245,26 +244,22 @@ def write_film(out, frames, fps, sample):
         temporary.unlink(missing_ok=True)
 
 
-def age(path):
-    """Return what sorts runs' folders and model files from old to new: the first number in the name, then the name."""
-    return int((re.findall(r"\d+", path.name) or [-1])[0]), path.name
-
-
 def load_model(name, device="cpu"):
     """Return the Generator that --model names: a model file, a folder (its newest model), or "latest".
 
-    "latest" is the newest model under runs/, looked for from the newest run on. In folders a file that cannot
-    be read is passed over, with a line on stderr. Raises FileNotFoundError or ValueError.
+    "latest" is the newest model in the numbered folders under runs/, looked for from the newest run on. In folders
+    a file that cannot be read is passed over, with a line on stderr. Raises FileNotFoundError or ValueError.
     """
     if name == "latest":
-        folders = sorted(RUNS.glob("*/"), key=age, reverse=True)
+        folders = sorted(RUNS.glob("[0-9][0-9][0-9][0-9]-*/"), reverse=True)
     elif Path(name).is_dir():
         folders = [Path(name)]
     elif Path(name).exists():
         return Generator.load(name, device)
     else:
         folders = []
-    for file in [file for folder in folders for file in sorted(folder.glob("*.pt"), key=age, reverse=True)]:
+    newest = [sorted(folder.glob("*.pt"), key=lambda file: (step_of(file), file.name))[::-1] for folder in folders]
+    for file in chain(*newest):
         try:
             generator = Generator.load(file, device)
         except ValueError as error:

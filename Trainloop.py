@@ -62,6 +62,7 @@ PRESETS = {
         "steps": 1500, "log_every": 25, "sample_every": 100, "checkpoint_every": 500,
     },
 }  # fmt: skip
+NUMBERED = "[0-9][0-9][0-9][0-9]-*"  # the names that runs/ gives
 # Settings that a resumed run may change: they change where, how long and how fast, not what is trained.
 FREE = {"data", "cache", "workers", "device", "out", "resume", "preset", "steps", "keep", "dry_run",
         "checkpoint_every", "log_every", "sample_every", "cuda_graphs"}  # fmt: skip
@@ -255,7 +256,7 @@ def checkpoint_of(state, settings, made_by, history=()):
         "optim_g": state.optim_g.state_dict(),
         "optim_d": state.optim_d.state_dict(),
         "rng": {"torch": torch.get_rng_state()},
-        "history": torch.stack(history).cpu() if history else torch.empty(0, 4),
+        "history": torch.stack(history).cpu() if history else torch.empty(0, 6),
         "made_by": made_by,
     }
 
@@ -378,7 +379,7 @@ def find_resume(resume, out):
             raise ValueError(f"--out {out}: holds a run already; go on with --resume latest, or name another folder")
         return None, None
     if resume in ("latest", "auto"):
-        runs = [Path(out)] if out else sorted(Path("runs").glob("[0-9]*"), reverse=True)
+        runs = [Path(out)] if out else sorted(Path("runs").glob(NUMBERED), reverse=True)
     else:
         runs = [Path(resume)]
         if not runs[0].exists():
@@ -400,14 +401,15 @@ def find_resume(resume, out):
             return path, file
     if resume == "auto" and not taken:
         return None, None
-    raise FileNotFoundError(f"--resume {resume}: no checkpoint in {out or 'runs/' if resume == 'latest' else resume}")
+    where = out or f"runs/{NUMBERED}" if resume in ("latest", "auto") else resume
+    raise FileNotFoundError(f"--resume {resume}: no checkpoint in {where}; name a run's folder or a checkpoint_*.pt")
 
 
 def new_run_folder(dataset_name, settings):
     """Create and return runs/NUMBER-NAME with the next free number."""
     Path("runs").mkdir(exist_ok=True)
     while True:
-        number = 1 + max((int(p.name[:4]) for p in Path("runs").glob("[0-9][0-9][0-9][0-9]-*")), default=0)
+        number = 1 + max((int(p.name[:4]) for p in Path("runs").glob(NUMBERED)), default=0)
         folder = Path("runs") / f"{number:04d}-{dataset_name}-{settings.size}px-{settings.lipschitz}"
         try:
             folder.mkdir()
@@ -740,6 +742,13 @@ def updates_of(state, settings, device):
     return partial(critic_step, state, settings), partial(generator_step, state, settings)
 
 
+def send(tensor, device):
+    """Return a tensor on `device`; from pinned memory a copy does not wait for what the GPU is doing."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def train_step(state, settings, dataset, device, updates=None):
     """Do one step. Returns (noted (6,), real, fake).
 
@@ -752,14 +761,12 @@ def train_step(state, settings, dataset, device, updates=None):
     mine = share_of_batch(settings.batch_size)
     noise = draw_noise(settings, state.step)  # of the whole batch, so that it is the same on any number of ranks
     noise = {name: values[:, mine] for name, values in noise.items()}
-    if device.type == "cuda":  # from pinned memory a copy does not wait for what the GPU is doing
-        noise = {name: values.pin_memory() for name, values in noise.items()}
-    noise = {name: values.to(device, non_blocking=True) for name, values in noise.items()}
+    noise = {name: send(values, device) for name, values in noise.items()}
     set_fade(state, settings)
     seen = state.step * settings.n_critic * settings.batch_size
     for i in range(settings.n_critic):
         indices = batch_indices(len(dataset), settings.seed, seen + i * settings.batch_size, settings.batch_size)
-        real = to_range(dataset.pixels(indices[mine]).to(device, non_blocking=True), settings.size)  # (B, 3, S, S)
+        real = to_range(send(dataset.pixels(indices[mine]), device), settings.size)  # (B, 3, S, S)
         real = torch.where(noise["flip"][i], real.flip(3), real)
         loss_d, estimate, penalty, norm_d = update_critic(real, noise["z"][i], noise["epsilon"][i])
     loss_g, fake, norm_g = update_generator(noise["z"][-1])
@@ -891,8 +898,8 @@ def write_samples(writer, fake, real, step, out):
     grid = tile(fake)
     writer.add_image("samples/generated", grid, step, dataformats="HWC")
     writer.add_image("samples/real", tile(real), step, dataformats="HWC")
-    temporary = out / ".samples.tmp.png"
-    Image.fromarray(grid).save(temporary)
+    temporary = out / ".samples.png.tmp"
+    Image.fromarray(grid).save(temporary, format="PNG")
     os.replace(temporary, out / "samples.png")
 
 
@@ -991,6 +998,7 @@ def train(settings, checkpoint=None, checkpoint_path=None):
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
         "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "images": len(dataset)},
     }
+    history = []
     if checkpoint:
         before = checkpoint["made_by"]["data"]
         with ending_together():
@@ -1002,11 +1010,13 @@ def train(settings, checkpoint=None, checkpoint_path=None):
                 )
         made_by["command"] = history_of_commands(checkpoint, made_by["command"])
         restore(state, checkpoint)
+        # What was noted since the last log, but for files from when other numbers were noted.
+        history = [noted.to(device) for noted in checkpoint.get("history", []) if len(noted) == 6]
+        checkpoint.clear()  # or its tensors would stay in memory for all of the run
         print(f"Going on from step {state.step:,} of {checkpoint_path}.")
     elif settings.grow_from:
         with ending_together():
-            smaller = grow(state, settings.grow_from)
-            made_by["command"] = history_of_commands(smaller, made_by["command"])
+            made_by["command"] = history_of_commands(grow(state, settings.grow_from), made_by["command"])
     settings.out = from_rank_0(open_run_folder, dataset.name, settings)
     out = Path(settings.out)
     if state.step >= settings.steps:
@@ -1022,7 +1032,7 @@ def train(settings, checkpoint=None, checkpoint_path=None):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed only here
 
         # purge_step hides what a killed run had logged after its last checkpoint, and now comes again.
-        writer = SummaryWriter(out, purge_step=state.step + 1 if checkpoint else None, flush_secs=10)
+        writer = SummaryWriter(out, purge_step=state.step + 1 if checkpoint_path else None, flush_secs=10)
         writer.add_text("settings", settings_table(settings), state.step)
 
     stopped_by = []
@@ -1034,7 +1044,6 @@ def train(settings, checkpoint=None, checkpoint_path=None):
         stopped_by.append(number)
 
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    history = list(checkpoint["history"].to(device)) if checkpoint else []  # what was noted since the last log
     background = ThreadPoolExecutor(1)  # writes images and checkpoints, in their order, while training goes on
     writing, saved = [], None
     begin, begin_step = time.perf_counter(), state.step

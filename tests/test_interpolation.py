@@ -343,10 +343,11 @@ def test_folder_gives_its_newest_model_and_passes_over_torn_ones(tmp_path, capsy
 
 def test_latest_is_the_newest_run_that_has_a_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("0009-old", "0010-new", "0011-empty", "0012-torn"):
+    for name in ("0009-old", "0010-new", "0011-empty", "0012-torn", "128px"):
         (tmp_path / "runs" / name).mkdir(parents=True)
     write_model(tmp_path / "runs/0009-old/generator_900000.pt", seed=1)
     write_model(tmp_path / "runs/0010-new/generator_000100.pt", seed=2)
+    write_model(tmp_path / "runs/128px/generator_000300.pt", seed=3)  # of --out runs/128px, so it has no number
     (tmp_path / "runs/0012-torn/generator_000100.pt").write_bytes(b"torn")
     assert torch.equal(
         ip.load_model("latest").linear.weight, Generator.load("runs/0010-new/generator_000100.pt").linear.weight
@@ -397,6 +398,7 @@ def test_without_a_model_the_way_to_one_is_told(tmp_path, monkeypatch, capsys):
         (["--out", "film"], "unknown ending"),
         (["--out", "nowhere/film.gif"], "no folder nowhere"),
         (["--device", "abacus"], "--device abacus"),
+        (["--device", "meta"], "--device meta"),
     ],
 )
 def test_impossible_flags_are_refused_before_the_model_is_read(tmp_path, monkeypatch, capsys, flags, reason):

@@ -446,6 +446,7 @@ def test_all_generators_but_only_the_last_checkpoints_are_kept(tiny, tmp_path):
 def test_runs_are_numbered_and_latest_is_the_newest(tiny, tmp_path):
     assert tiny("--steps", 1) == 0 and tiny("--steps", 1, "--seed", 1) == 0
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["0001-faces-32px-gp", "0002-faces-32px-gp"]
+    assert tiny("--steps", 1, "--seed", 2, "--out", "runs/64px") == 0  # has no number, so it is not in the order
     assert main(["--resume", "latest", "--steps", "2", "--device", "cpu"]) == 0
     assert (tmp_path / "runs/0002-faces-32px-gp/checkpoint_000002.pt").is_file()
 
@@ -457,6 +458,15 @@ def test_auto_starts_goes_on_and_ends_as_a_requeued_job_needs(tiny, tmp_path, ca
     assert "Going on from step 2" in capsys.readouterr().out
     assert tiny(*command, "--steps", 4) == 0
     assert "Nothing to do" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_from_a_file_that_noted_fewer_numbers(tiny, tmp_path):
+    assert tiny("--steps", 3, "--log-every", 2, "--out", "run") == 0
+    path = tmp_path / "run/checkpoint_000003.pt"
+    file = torch.load(path, weights_only=True)
+    assert file["history"].shape == (1, 6)
+    torch.save(file | {"history": file["history"][:, :4]}, path)
+    assert main(["--resume", "run", "--steps", "4", "--device", "cpu"]) == 0
 
 
 def test_settings_that_contradict_the_checkpoint_are_refused_naming_both(tiny, faces, tmp_path, capsys):
