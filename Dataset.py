@@ -253,7 +253,10 @@ def list_members(paths):
             if name.lower().endswith(SUFFIXES) and not name.startswith("__MACOSX"):
                 members.append((name, path, archive))
             elif Path(name).stem == "list_eval_partition":
-                partition = parse_partition(archive.read(name).decode())
+                try:
+                    partition = parse_partition(archive.read(name).decode())
+                except zipfile.BadZipFile as error:
+                    raise ValueError(f"--data {path}: {name} in it is damaged ({error}); download it again") from None
     return sorted(members, key=lambda member: member[0]), partition
 
 
@@ -575,6 +578,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"Dataset.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -205,6 +205,8 @@ class Generator(nn.Module):
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             reason = str(error).rpartition("\n")[2].strip()  # torch lists what does not fit, a line each
             raise ValueError(f"{path} does not hold a generator that fits its own settings: {reason}") from error
+        if not all(tensor.isfinite().all() for tensor in generator.state_dict().values()):
+            raise ValueError(f"{path} holds weights that are not finite; its training has diverged")
         return generator.to(device).eval().requires_grad_(False)
 
 

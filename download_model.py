@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import torch
 from tqdm import tqdm
 
-from Generator import Generator, read_model_file
+from Generator import Generator, read_model_file, step_of
 
 DRIVE_IDS = {
     "generator_model_batch_12000.pt": "1MbFbA4S_UecZPw4BhoaOc1H83QwluuZf",
@@ -28,11 +28,6 @@ PUBLISHED_CONFIG = {"nz": 100, "ngf": 128, "nc": 3, "size": 128, "stem_norm": Fa
                     "attention": 0, "grown": False}  # fmt: skip
 PUBLISHED_PARAMETERS = 20_362_819
 TIMEOUT = 60  # seconds without a byte
-
-
-def step_of(name):
-    """Return the training step in a model's file name as text, "" where it has none."""
-    return (re.findall(r"\d+", name) or [""])[-1]
 
 
 def fetch_from_drive(drive_id, part):
@@ -94,6 +89,8 @@ def fetch_sha256(url):
         if error.code in (403, 404, 410):
             return None
         raise
+    except http.client.HTTPException as error:
+        raise OSError(f"{url}.sha256 cannot be read ({error})") from error
     return found and found[1].decode()
 
 
@@ -124,6 +121,13 @@ def check(path, name):
     return read_model_file(path)
 
 
+def check_sha256(path, sha256, came=None):
+    """Raise ValueError unless `path` has this sum. came: the sum that it had before it was written anew."""
+    found = came or hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != sha256.lower():
+        raise ValueError(f"its sha256 is {found}, not {sha256}")
+
+
 def download(name, source, folder, sha256=None):
     """Fetch the model `name` into `folder` and return its path; one that is there already is checked and kept.
 
@@ -136,7 +140,9 @@ def download(name, source, folder, sha256=None):
     target = Path(folder) / name
     if target.is_file():
         try:
-            check(target, name)
+            file = check(target, name)
+            if sha256:
+                check_sha256(target, sha256, (file.get("made_by") or {}).get("sha256"))
         except ValueError as error:
             raise ValueError(f"{target} is there, but {error}; move it away and run this again") from error
         print(f"{target} is there already")
@@ -156,14 +162,16 @@ def download(name, source, folder, sha256=None):
     except (ValueError, OSError) as error:
         raise ValueError(f"{name}: {error}. Run this again to go on, or {by_hand}") from error
     try:
-        if sha256 and sha256.lower() != (found := hashlib.sha256(part.read_bytes()).hexdigest()):
-            raise ValueError(f"its sha256 is {found}, not {sha256}")
+        if sha256:
+            check_sha256(part, sha256)
         file = check(part, name)
     except ValueError as error:
         part.unlink()
         raise ValueError(f"{name}: what came was refused and deleted: {error}. You may {by_hand}") from error
     if name in DRIVE_IDS:
-        file.setdefault("made_by", {})["source"] = address
+        # The file is written anew, so what it was has to be noted: --sha256 is about that.
+        came = hashlib.sha256(part.read_bytes()).hexdigest()
+        file["made_by"] = (file.get("made_by") or {}) | {"source": address, "sha256": came}
         torch.save(file, part)
     os.replace(part, target)
     print(f"{target}: step {file.get('step')}, {target.stat().st_size / 1e6:.1f} MB")
@@ -178,7 +186,8 @@ def list_models(folder):
         begun = sum(p.stat().st_size for p in folder.glob(f"{name}.*"))
         state = "yes" if here.is_file() else f"{begun / 1e6:.1f} MB of it" if begun else "no"
         size = here.stat().st_size if here.is_file() else 4 * PUBLISHED_PARAMETERS  # float32
-        print(f"{name:<34}{step_of(name):>9}{size / 1e6:>8.1f}  {state}")
+        step = step_of(Path(name))
+        print(f"{name:<34}{step if step >= 0 else '':>9}{size / 1e6:>8.1f}  {state}")
 
 
 def parse(argv=None):
@@ -201,9 +210,9 @@ def plan(args):
     Raises ValueError for an unknown model, a URL that is none, or --sha256 without exactly one file.
     """
     for name in args.names:
-        if not any(name in (known, step_of(known)) for known in DRIVE_IDS):
+        if not any(name in (known, str(step_of(Path(known)))) for known in DRIVE_IDS):
             raise ValueError(f"{name}: no published model; choose from {', '.join(DRIVE_IDS)} or a step")
-    names = [name for name in DRIVE_IDS if not args.names or {name, step_of(name)} & set(args.names)]
+    names = [name for name in DRIVE_IDS if not args.names or {name, str(step_of(Path(name)))} & set(args.names)]
     jobs = [(name, None) for name in names]
     if args.mirror is not None:
         url = urlsplit(args.mirror)

@@ -7,8 +7,10 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import sys
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,17 @@ from tqdm import tqdm
 
 from Critic import Critic
 from Dataset import SPLITS, add_data_flags, epoch_order, open_data
-from Generator import Generator, add_device_flag, latent, pick_device, prepare, read_model_file, step_of, to_uint8
+from Generator import (
+    OUT_OF_MEMORY,
+    Generator,
+    add_device_flag,
+    latent,
+    pick_device,
+    prepare,
+    read_model_file,
+    step_of,
+    to_uint8,
+)
 from Interpolation import SEEDS, faces, write_film
 
 BATCH = 64  # images in a batch of everything that is measured
@@ -44,28 +56,45 @@ people, or as a picture of what people look like."""
 
 
 def list_models(folder):
-    """Return the model files in a run's folder, the oldest first, one for each step.
+    """Return the model files in a folder, by the last number in their names.
 
-    Where a step has a checkpoint and a generator file, it is the checkpoint: it also holds the critic.
+    Where a run has a checkpoint and a generator file of a step, it is the checkpoint: it also holds the critic.
     Raises FileNotFoundError where there is none.
     """
-    files = sorted(folder.glob("*_*.pt"), key=lambda file: file.name.startswith("checkpoint_"))
+    files = {file.name: file for file in sorted(folder.glob("*.pt"), key=lambda file: (step_of(file), file.name))}
     if not files:
         raise FileNotFoundError(f"{folder}: no model files (*.pt) in it; name a run's folder or model files")
-    by_step = {step_of(file): file for file in files}
-    return [by_step[step] for step in sorted(by_step)]
+    for name in [name for name in files if name.startswith("checkpoint_")]:
+        files.pop(name.replace("checkpoint_", "generator_", 1), None)
+    return list(files.values())
+
+
+def name_folders(folders):
+    """Return {name: folder}, named by the last part of its path, or by as many of the last as tell them all apart."""
+    folders = {folder.resolve(): folder for folder in folders}
+    for depth in count(1):
+        names = ["-".join(path.parts[-depth:]) for path in folders]
+        if len(set(names)) == len(names):
+            return dict(zip(names, folders.values(), strict=True))
 
 
 def evenly(items, count):
-    """Return at most `count` of a list's items, evenly spread, the first and the last among them; 0: all."""
+    """Return at most `count` of a list's items, evenly spread, the last and (of two or more) the first too; 0: all."""
     if count == 0 or len(items) <= count:
         return items
+    if count == 1:
+        return items[-1:]
     return [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int)]
 
 
 def without_folders(words):
     """Return command-line words with paths outside the project cut to their names: a shared file tells no folders."""
-    return [Path(word).name if Path(word).is_absolute() or word.startswith("..") else word for word in words]
+
+    def cut(word):
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        return flag + equals + (Path(value).name if Path(value).is_absolute() or value.startswith("..") else value)
+
+    return list(map(cut, words))
 
 
 def generator_only(path):
@@ -76,8 +105,10 @@ def generator_only(path):
         settings.pop(key, None)
     if isinstance(settings.get("data"), list):
         settings["data"] = without_folders(settings["data"])
+    if settings.get("grow_from"):
+        (settings["grow_from"],) = without_folders([settings["grow_from"]])
     if "command" in made_by:
-        lines = (" ".join(without_folders(line.split())) for line in made_by["command"].splitlines())
+        lines = (shlex.join(without_folders(shlex.split(line))) for line in made_by["command"].splitlines())
         made_by["command"] = "\n".join(lines)
     state = file.get("ema") or file["generator"]["state"]
     return {
@@ -129,8 +160,9 @@ def seed_faces(path, seeds, device):
 
 
 def label_of(path):
-    """Return what is written above a model's faces: its step, or its name where that has no number."""
-    return f"{step_of(path):,}" if step_of(path) >= 0 else path.stem
+    """Return what is written above a model's faces: its step, or its name where the file tells none."""
+    step = read_model_file(path).get("step")
+    return path.stem if step is None else f"{step:,}"
 
 
 def draw_grid(columns, labels, seeds):
@@ -299,7 +331,10 @@ def kernel_distance(x, y):
 
     x: (N, D) and y: (M, D) features.  Unbiased, so it may be negative, and over all pairs at once:
     the usual mean over random subsets estimates the same number with more noise.
+    Raises ValueError for less than two of either.
     """
+    if min(len(x), len(y)) < 2:
+        raise ValueError(f"--samples: {len(x)} and {len(y)} images cannot be compared, take more")
 
     def kernel_sum(a, b):
         return sum(((part @ b.T / a.shape[1] + 1) ** 3).double().sum().item() for part in a.split(1024))
@@ -452,7 +487,7 @@ def critic_gap(file, generator, dataset, indices, z, device):
 
 def held_out(file, dataset):
     """Return "yes", "no" or "unknown": whether the model of this file was trained without the dataset's images."""
-    data, split = (file.get("made_by") or {}).get("data"), file["settings"].get("split")
+    data, split = (file.get("made_by") or {}).get("data"), (file.get("settings") or {}).get("split")
     if isinstance(data, dict) and data.get("fingerprint") == dataset.fingerprint:
         return "no"
     return "yes" if split != dataset.split and "all" not in (split, dataset.split) else "unknown"
@@ -559,6 +594,7 @@ def measure(paths, size, args, extractor, detector, device):
     ]
     for path in paths:
         file, generator = read_model_file(path), Generator.load(path, device)
+        generator = generator.to(memory_format=torch.channels_last)  # faster on a CPU
         z = torch.randn(args.samples, generator.nz, generator=torch.Generator().manual_seed(args.seed))  # (N, nz)
         row = {"model": str(path), "step": file.get("step"), "N": args.samples}
         row |= compare(
@@ -569,8 +605,9 @@ def measure(paths, size, args, extractor, detector, device):
             row["held out"] = held_out(file, reference)
         row |= face_shares(generated_images(generator, z[:FACES]), detector)
         rows.append(row)
-        if file["settings"].get("crop", args.crop) != args.crop:
-            print(f"Note: {path} was trained with --crop {file['settings']['crop']}, it is compared with {args.crop}.")
+        crop = (file.get("settings") or {}).get("crop", args.crop)
+        if crop != args.crop:
+            print(f"Note: {path} was trained with --crop {crop}, it is compared with {args.crop}.")
     return protocol, rows
 
 
@@ -698,7 +735,8 @@ def model_card(file, path, target, digest):
         best = json.loads(note.read_text(encoding="utf-8"))
         lines += [f"- {best['metric']}: {best['value']:.3f} (N = {best['N']:,}; "
                   + ", ".join(f"{key} {value}" for key, value in best["protocol"].items()) + ")"]  # fmt: skip
-    lines += ["", f"Use it: `python Interpolation.py --model {target.name}`", "", "| setting | value |", "|---|---|"]
+    (where,) = without_folders([str(target)])
+    lines += ["", f"Use it: `python Interpolation.py --model {where}`", "", "| setting | value |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in ((file.get("settings") or {}) | config).items()]
     lines += ["", TERMS]
     return "\n".join(lines) + "\n"
@@ -780,10 +818,11 @@ def evaluate(args):
     check(args)
     device = pick_device(args.device)
     prepare(device)
-    # One group for each run, and one for all model files that were named by themselves.
-    groups = {path.resolve().name: list_models(path) for path in args.models if path.is_dir()}
+    # One group for each folder, and one for all model files that were named by themselves.
+    folders = name_folders([path for path in args.models if path.is_dir()])
+    groups = {name: list_models(folder) for name, folder in folders.items()}
     if files := [path for path in args.models if not path.is_dir()]:
-        groups["models"] = files
+        groups["models" if "models" not in folders else "single_models"] = files
     if args.export:
         if len(args.models) != 1:
             raise ValueError(f"--export {args.export}: name one model or run to share, not {len(args.models)}")
@@ -795,7 +834,7 @@ def evaluate(args):
     args.out.mkdir(parents=True, exist_ok=True)
     for name, paths in groups.items():
         draw_evolution(name, paths, args, device)
-    curves = {path.resolve().name: read_scalar(path, args.tag) for path in args.models if path.is_dir()}
+    curves = {name: read_scalar(folder, args.tag) for name, folder in folders.items()}
     for name in [name for name, (steps, _) in curves.items() if not len(steps)]:
         print(f"{name}: no scalar {args.tag} in its TensorBoard files, so it is not in the plot")
         del curves[name]
@@ -807,7 +846,7 @@ def evaluate(args):
     detector = load_face_detector(device)
     by_size = {}
     for name, paths in groups.items():
-        for path in evenly(paths, args.checkpoints) if name != "models" else paths:
+        for path in evenly(paths, args.checkpoints) if name in folders else paths:
             by_size.setdefault(read_model_file(path)["generator"]["config"]["size"], []).append(path)
     tables = [measure(paths, size, args, extractor, detector, device) for size, paths in by_size.items()]
     text = "\n\n".join(format_table(*table, detector) for table in tables)
@@ -826,6 +865,13 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"evaluate_models.py: error: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
+            raise
+        print("evaluate_models.py: error: out of memory; --device cpu may have more", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

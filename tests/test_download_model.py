@@ -354,6 +354,10 @@ def test_sha256(server, shared, tmp_path, capsys, where, right):
     assert download_model.main(args) == (0 if right else 2)
     assert os.listdir(tmp_path / "models") == (["mine.pt"] if right else [])
     assert right or f"not {digest}" in capsys.readouterr().err.lower()
+    if right:  # what is there is held to the flag as well
+        assert download_model.main([*args, "--sha256", digest]) == 0
+        assert download_model.main([*args, "--sha256", "0" * 64]) == 2
+        assert (tmp_path / "models/mine.pt").is_file()
 
 
 def test_sha256_that_cannot_be_read_is_not_skipped(server, shared, tmp_path):
@@ -363,6 +367,13 @@ def test_sha256_that_cannot_be_read_is_not_skipped(server, shared, tmp_path):
     assert os.listdir(tmp_path / "models") == ["mine.pt.part"]
     server.broken = ()
     assert download_model.main(args) == 0
+
+
+def test_sha256_of_a_published_file_is_that_of_what_came(server, report, small, tmp_path, capsys):
+    server.files[f"/{NAME}"] = content = (report / NAME).read_bytes()
+    for sha256, status in ((hashlib.sha256(content).hexdigest(), 0),) * 2 + (("0" * 64, 2),):
+        assert get(server, tmp_path, "--sha256", sha256) == status
+    assert "is there, but its sha256 is" in capsys.readouterr().err and (tmp_path / NAME).is_file()
 
 
 def test_damaged_file_that_is_there_is_not_touched(server, tmp_path, capsys):

@@ -1,6 +1,7 @@
 import csv
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,7 +185,23 @@ def test_a_run_is_read_by_step_with_the_checkpoint_before_the_generator_file(tmp
         (tmp_path / f"{name}.pt").touch()
     names = [path.stem for path in ev.list_models(tmp_path)]
     assert names == ["generator_006000", "generator_012000", "checkpoint_1000000"]
+    (tmp_path / "face.pt").touch()  # as --export names one
+    (tmp_path / "face_006000.pt").touch()
+    assert [path.stem for path in ev.list_models(tmp_path)] == ["face", "face_006000", *names]
     assert ev.evenly(list(range(100)), 4) == [0, 33, 66, 99] and ev.evenly([1, 2], 0) == [1, 2]
+    assert ev.evenly([1, 2, 3], 1) == [3]
+
+
+def test_folders_of_the_same_name_are_told_apart():
+    a, b, c = Path("a/run"), Path("b/run"), Path("c")
+    assert ev.name_folders([a, c, a]) == {"run": a, "c": c}
+    assert list(ev.name_folders([a, b, c]).values()) == [a, b, c]
+    assert list(ev.name_folders([a, b]))[1] == "b-run"
+
+
+def test_a_shared_file_tells_no_folders():
+    words = ["--data=/home/me/x.zip", "/home/me/y z.zip", "../a.zip", "--size", "64", "--lr-g=1e-4", "runs/1"]
+    assert ev.without_folders(words) == ["--data=x.zip", "y z.zip", "a.zip", "--size", "64", "--lr-g=1e-4", "runs/1"]
 
 
 def test_figures_of_a_run_show_the_seeds_at_each_step(tmp_path, monkeypatch):
