@@ -18,7 +18,7 @@ from Generator import OUT_OF_MEMORY, Generator, add_device_flag, latent, pick_de
 
 SHIPPED = Path("bests/generator_128.pt")
 RUNS = Path("runs")  # where --model latest looks
-SEEDS = [147, 244, 301, 86]
+SEEDS = [48, 108, 91, 53]  # four different people of the shipped model, chosen by eye
 BATCH_ROWS = 2048  # faces computed at once x their height, 16 at 128 px: more is hardly faster and takes memory
 EVEN = 1.02  # the perceptual pace is even enough when the largest step is this many times the median
 ROUNDS = 8  # and gives up after so many corrections
