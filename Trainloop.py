@@ -971,7 +971,8 @@ def resolve_precision(precision, device):
 def writes_aside(device):
     """Return whether files are written while training goes on, from a copy of the state.
 
-    Not on a CPU, where steps are long beside the writing, the memory is shared, and the copy is a sixth of it.
+    Not on a CPU, where steps are long beside the writing, the memory is shared, and the copy is a sixth of it. There
+    a second thread that computes also gets OpenMP threads of its own, which made all later steps a quarter slower.
     """
     return device.type != "cpu"
 
@@ -1046,6 +1047,15 @@ def train(settings, checkpoint=None, checkpoint_path=None):
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     background = ThreadPoolExecutor(1)  # writes images and checkpoints, in their order, while training goes on
     writing, saved = [], None
+
+    def write(function, *args):
+        """Call function(*args) while training goes on, or at once. What save_checkpoint returns becomes `saved`."""
+        nonlocal saved
+        if writes_aside(device):
+            writing.append(background.submit(function, *args))
+        else:
+            saved = function(*args) or saved
+
     begin, begin_step = time.perf_counter(), state.step
     last_log, last_line = (begin, begin_step), 0.0
     no_bar = True if rank() > 0 else None  # None: where there is no terminal
@@ -1100,13 +1110,13 @@ def train(settings, checkpoint=None, checkpoint_path=None):
                 writing.clear()
             if sample_now:
                 images = draw_samples(state, settings, device), real[:SAMPLES].cpu()
-                writing.append(background.submit(write_samples, writer, *images, state.step, out))
+                write(write_samples, writer, *images, state.step, out)
             if save_now:
-                writing.append(background.submit(writer.flush))  # what is logged must not be younger than this
+                write(writer.flush)  # what is logged must not be younger than this
                 content = checkpoint_of(state, settings, made_by, history)
                 content = snapshot(content) if writes_aside(device) else content
-                writing.append(background.submit(save_checkpoint, content, out, settings.keep))
-            if is_last or not writes_aside(device):
+                write(save_checkpoint, content, out, settings.keep)
+            if is_last:
                 for task in writing:
                     saved = task.result() or saved
                 writing.clear()

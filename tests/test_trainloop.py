@@ -460,6 +460,18 @@ def test_auto_starts_goes_on_and_ends_as_a_requeued_job_needs(tiny, tmp_path, ca
     assert "Nothing to do" in capsys.readouterr().out
 
 
+def test_on_a_cpu_no_second_thread_computes(tiny, monkeypatch):
+    """It would bring OpenMP threads of its own, and slow down all steps after it."""
+    threads = []
+    for name in ("write_samples", "save_checkpoint"):
+        real = getattr(Trainloop, name)
+        monkeypatch.setattr(
+            Trainloop, name, lambda *args, real=real: (threads.append(threading.current_thread()), real(*args))[1]
+        )
+    assert tiny("--steps", 2, "--sample-every", 1) == 0
+    assert threads == [threading.main_thread()] * 3
+
+
 def test_a_run_goes_on_from_a_file_that_noted_fewer_numbers(tiny, tmp_path):
     assert tiny("--steps", 3, "--log-every", 2, "--out", "run") == 0
     path = tmp_path / "run/checkpoint_000003.pt"
