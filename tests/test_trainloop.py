@@ -642,6 +642,7 @@ def test_kill_9_in_a_checkpoint_loses_nothing_before_it(faces, tmp_path, monkeyp
     wait_for(lambda: len(list(tmp_path.glob("run/generator_*.pt"))) > 4 and list(tmp_path.glob("run/.*.tmp")), run)
     run.kill()
     run.wait()
+    time.sleep(1)  # the order of TensorBoard's files is by the seconds in their names
     path, file = Trainloop.newest_checkpoint(tmp_path / "run")
     step = file["step"]
     assert step >= 3
