@@ -215,6 +215,11 @@ def to_uint8(images):
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def is_out_of_memory(error):
+    """Whether an exception says that the CPU or GPU has too little memory; torch reports it as RuntimeError."""
+    return isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)) is not None
+
+
 def check_size(flag, width, size):
     """Raise ValueError unless networks of `size` pixels exist and --`flag` leaves them at least one channel."""
     if size not in SIZES:

@@ -3,7 +3,6 @@
 import argparse
 import os
 import random
-import re
 import sys
 from functools import cache
 from itertools import chain, pairwise
@@ -14,7 +13,7 @@ import torch
 from PIL import GifImagePlugin, Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from Generator import OUT_OF_MEMORY, Generator, add_device_flag, latent, pick_device, step_of, to_uint8
+from Generator import Generator, add_device_flag, is_out_of_memory, latent, pick_device, step_of, to_uint8
 
 SHIPPED = Path("bests/generator_128.pt")
 RUNS = Path("runs")  # where --model latest looks
@@ -403,7 +402,7 @@ def main(argv=None):
         print(f"Interpolation.py: error: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
+        if not is_out_of_memory(error):
             raise
         print("Interpolation.py: error: out of memory; --device cpu may have more", file=sys.stderr)
         return 1

@@ -35,11 +35,11 @@ from Dataset import add_data_flags, batch_indices, choose_paths, open_data, seed
 from Generator import (
     BLOCKS,
     FORMAT,
-    OUT_OF_MEMORY,
     SIZES,
     Generator,
     add_device_flag,
     check_parts,
+    is_out_of_memory,
     latent,
     pick_device,
     prepare,
@@ -1156,7 +1156,7 @@ def main(argv=None):
     except (MemoryError, RuntimeError) as error:  # torch reports either device's memory as RuntimeError
         status = 1
         reason = (str(error).splitlines() or ["no details"])[0]
-        if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
+        if is_out_of_memory(error):
             message = f"out of memory ({reason}); use a smaller --batch-size, or --ngf, --ndf and --size"
         elif is_lost_rank(error):
             # The ranks are not left here: that may wait for what was to be exchanged with the lost one.

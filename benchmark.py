@@ -27,7 +27,7 @@ from torch.utils.flop_counter import flop_registry
 
 from Critic import Critic, critic_loss, generator_loss, gradient_penalty
 from Dataset import CelebADataset, batch_indices, draw_face, is_writable, to_range
-from Generator import OUT_OF_MEMORY, SIZES, Generator, add_device_flag, check_size, pick_device, prepare
+from Generator import SIZES, Generator, add_device_flag, check_size, is_out_of_memory, pick_device, prepare
 
 # Trainloop is imported where it is needed: what it may set up in a process must not reach the plain way's.
 
@@ -230,7 +230,7 @@ def work(pipe, way, settings, folder, device):
     except (EOFError, ConnectionError):  # the parent has gone
         return
     except Exception as error:  # whatever it is, it becomes a note in the table
-        if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
+        if is_out_of_memory(error):
             pipe.send((False, "out of memory"))
         else:
             reason = (str(error).strip().splitlines() or ["no details"])[0]

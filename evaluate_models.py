@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import re
 import shlex
 import sys
 from itertools import count
@@ -22,9 +21,9 @@ from tqdm import tqdm
 from Critic import Critic
 from Dataset import SPLITS, add_data_flags, epoch_order, open_data
 from Generator import (
-    OUT_OF_MEMORY,
     Generator,
     add_device_flag,
+    is_out_of_memory,
     latent,
     pick_device,
     prepare,
@@ -208,12 +207,13 @@ def draw_evolution(name, paths, args, device):
     shown = evenly(paths, args.checkpoints)
     filmed = evenly(paths, MOVIE_FRAMES)
     pictures = {path: seed_faces(path, args.seeds, device) for path in {*shown, *filmed}}
+    labels = {path: label_of(path) for path in pictures}
     write_picture(
         args.out / f"{name}_faces.png",
-        draw_grid([pictures[path] for path in shown], [label_of(path) for path in shown], args.seeds),
+        draw_grid([pictures[path] for path in shown], [labels[path] for path in shown], args.seeds),
     )
     if len(filmed) > 1 and len({picture.shape for picture in pictures.values()}) == 1:
-        frames = [movie_frame(pictures[path], f"step {label_of(path)}") for path in filmed]
+        frames = [movie_frame(pictures[path], f"step {labels[path]}") for path in filmed]
         frames += [frames[-1]] * args.fps  # the last face stays for another second
         film = args.out / f"{name}_faces.{args.movie}"
         write_film(film, frames, args.fps, evenly(frames, 8))
@@ -866,7 +866,7 @@ def main(argv=None):
         print(f"evaluate_models.py: error: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
+        if not is_out_of_memory(error):
             raise
         print("evaluate_models.py: error: out of memory; --device cpu may have more", file=sys.stderr)
         return 1
