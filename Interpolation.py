@@ -13,7 +13,10 @@ import torch
 from PIL import GifImagePlugin, Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from Generator import Generator, add_device_flag, is_out_of_memory, latent, pick_device, step_of, to_uint8
+from checkpoints import load_generator, step_of
+from command_line import is_out_of_memory
+from device import add_device_flag, pick_device
+from Generator import latent, to_uint8
 
 SHIPPED = Path("bests/generator_128.pt")
 RUNS = Path("runs")  # where --model latest looks
@@ -255,13 +258,13 @@ def load_model(name, device="cpu"):
     elif Path(name).is_dir():
         folders = [Path(name)]
     elif Path(name).exists():
-        return Generator.load(name, device)
+        return load_generator(name, device)
     else:
         folders = []
     newest = [sorted(folder.glob("*.pt"), key=lambda file: (step_of(file), file.name))[::-1] for folder in folders]
     for file in chain(*newest):
         try:
-            generator = Generator.load(file, device)
+            generator = load_generator(file, device)
         except ValueError as error:
             print(f"passed over: {error}", file=sys.stderr)
         else:

@@ -30,23 +30,12 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
+from checkpoints import FORMAT, read_model_file, step_of
+from command_line import is_out_of_memory
 from Critic import NORMS, Critic, clip_weights, critic_loss, generator_loss, gradient_penalty
 from Dataset import add_data_flags, batch_indices, choose_paths, open_data, seeded, survey, to_range
-from Generator import (
-    BLOCKS,
-    FORMAT,
-    SIZES,
-    Generator,
-    add_device_flag,
-    check_parts,
-    is_out_of_memory,
-    latent,
-    pick_device,
-    prepare,
-    read_model_file,
-    step_of,
-    to_uint8,
-)
+from device import add_device_flag, pick_device, prepare, resolve_precision
+from Generator import BLOCKS, SIZES, Generator, check_parts, latent, to_uint8
 
 PRESETS = {
     # What the report's published models were trained with.
@@ -955,17 +944,6 @@ def dry_run(state, settings, device):
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------
-
-
-def resolve_precision(precision, device):
-    """Return fp32 or bf16: auto takes bf16 where the device computes in it."""
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    # On a CPU only matrix units (AMX) make bf16 pay: with AVX-512 alone it measured 0.5 to 0.8 of fp32's speed.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16" if device.type == "cpu" and capabilities.get("amx_bf16") else "fp32"
 
 
 def writes_aside(device):

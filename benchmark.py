@@ -25,9 +25,11 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from command_line import is_out_of_memory
 from Critic import Critic, critic_loss, generator_loss, gradient_penalty
 from Dataset import CelebADataset, batch_indices, draw_face, is_writable, to_range
-from Generator import SIZES, Generator, add_device_flag, check_size, is_out_of_memory, pick_device, prepare
+from device import add_device_flag, pick_device, prepare, resolve_precision
+from Generator import SIZES, Generator, check_size
 
 # Trainloop is imported where it is needed: what it may set up in a process must not reach the plain way's.
 
@@ -136,7 +138,7 @@ def settings_of(args, size, lipschitz, device):
              "precision": args.precision, "device": args.device, "crop": "squash", "n-critic": 1, "ema": 0}  # fmt: skip
     flags |= {"norm": "batch"} if lipschitz == "clip" else {}
     settings = Trainloop.read_settings(["--no-flip", *(f"--{name}={value}" for name, value in flags.items())])[0]
-    settings.precision = Trainloop.resolve_precision(settings.precision, device)
+    settings.precision = resolve_precision(settings.precision, device)
     check_size("ngf", settings.ngf, size)
     check_size("ndf", settings.ndf, size)
     return settings

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import torch
 from tqdm import tqdm
 
-from Generator import Generator, read_model_file, step_of
+from checkpoints import load_generator, read_model_file, step_of
 
 DRIVE_IDS = {
     "generator_model_batch_12000.pt": "1MbFbA4S_UecZPw4BhoaOc1H83QwluuZf",
@@ -111,7 +111,7 @@ def check(path, name):
         damaged = error
     if damaged:
         raise ValueError(f"it is torn or damaged ({damaged})")
-    generator = Generator.load(path)
+    generator = load_generator(path)
     parameters = sum(p.numel() for p in generator.parameters())
     if name in DRIVE_IDS and (generator.config != PUBLISHED_CONFIG or parameters != PUBLISHED_PARAMETERS):
         raise ValueError(

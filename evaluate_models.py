@@ -18,19 +18,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from tqdm import tqdm
 
+from checkpoints import load_generator, read_model_file, step_of
+from command_line import is_out_of_memory
 from Critic import Critic
 from Dataset import SPLITS, add_data_flags, epoch_order, open_data
-from Generator import (
-    Generator,
-    add_device_flag,
-    is_out_of_memory,
-    latent,
-    pick_device,
-    prepare,
-    read_model_file,
-    step_of,
-    to_uint8,
-)
+from device import add_device_flag, pick_device, prepare
+from Generator import Generator, latent, to_uint8
 from Interpolation import SEEDS, faces, write_film
 
 BATCH = 64  # images in a batch of everything that is measured
@@ -142,7 +135,7 @@ def halved(tensor):
 
 def model_bytes(path):
     """Return the generator-only file for the model file `path` as bytes, after a check that it can be loaded."""
-    Generator.load(path)
+    load_generator(path)
     buffer = io.BytesIO()
     torch.save(generator_only(path), buffer)
     return buffer.getvalue()
@@ -153,7 +146,7 @@ def model_bytes(path):
 
 def seed_faces(path, seeds, device):
     """Return the faces that a model gives for `seeds`: (len(seeds), size, size, 3) uint8 array."""
-    generator = Generator.load(path, device)
+    generator = load_generator(path, device)
     z = torch.stack([latent(seed, generator.nz) for seed in seeds])  # (seeds, nz)
     return to_uint8(faces(generator, z)).permute(0, 2, 3, 1).cpu().numpy()
 
@@ -593,7 +586,7 @@ def measure(paths, size, args, extractor, detector, device):
         }
     ]
     for path in paths:
-        file, generator = read_model_file(path), Generator.load(path, device)
+        file, generator = read_model_file(path), load_generator(path, device)
         generator = generator.to(memory_format=torch.channels_last)  # faster on a CPU
         z = torch.randn(args.samples, generator.nz, generator=torch.Generator().manual_seed(args.seed))  # (N, nz)
         row = {"model": str(path), "step": file.get("step"), "N": args.samples}

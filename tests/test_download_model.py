@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import download_model
-from Generator import Generator, read_model_file
+from checkpoints import load_generator, read_model_file
+from Generator import Generator
 
 NAME = "generator_model_batch_12000.pt"
 QUOTA_PAGE = b"<!DOCTYPE html><html><head><title>Google Drive - Quota exceeded</title></head></html>"
@@ -167,7 +168,7 @@ def test_published_figures():
 def test_report_file_gives_the_same_picture_bit_for_bit(report, name):
     reference = torch.load(report / "reference.pt")
     assert reference["images"].std() > 0.01
-    generator = Generator.load(report / name)
+    generator = load_generator(report / name)
     assert generator.config == download_model.PUBLISHED_CONFIG | {"ngf": 8}
     assert not generator.training
     assert torch.equal(generator(reference["z"]), reference["images"])
@@ -181,7 +182,7 @@ def test_report_file_reads_as_a_model_file_of_this_project(report, tmp_path):
     again = torch.load(tmp_path / "again.pt", weights_only=True)  # plain types: no class needs to be allowed
     z = torch.load(report / "reference.pt")["z"]
     assert again.keys() == file.keys()
-    assert torch.equal(Generator.load(tmp_path / "again.pt")(z), Generator.load(report / NAME)(z))
+    assert torch.equal(load_generator(tmp_path / "again.pt")(z), load_generator(report / NAME)(z))
 
 
 @pytest.mark.parametrize(
@@ -198,7 +199,7 @@ def test_report_file_reads_as_a_model_file_of_this_project(report, tmp_path):
 )
 def test_another_module_is_refused(report, name, reason):
     with pytest.raises(ValueError, match=reason) as error:
-        Generator.load(report / name)
+        load_generator(report / name)
     assert "\n" not in str(error.value)
 
 
@@ -209,7 +210,7 @@ def test_nothing_in_a_pickle_runs(report, tmp_path, monkeypatch):
 
     torch.save({"format": 1, "generator": Bomb()}, tmp_path / "bomb.pt")
     with pytest.raises(ValueError, match="mkdir; nothing in it was run"):
-        Generator.load(tmp_path / "bomb.pt")
+        load_generator(tmp_path / "bomb.pt")
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "bomb.pt", weights_only=False)
     assert (tmp_path / "ran").exists()  # it was a real one
@@ -217,7 +218,7 @@ def test_nothing_in_a_pickle_runs(report, tmp_path, monkeypatch):
     (report / "hook_ran").unlink()
     monkeypatch.chdir(report)
     with pytest.raises(ValueError, match="open; nothing in it was run"):
-        Generator.load("hook.pt")
+        load_generator("hook.pt")
     assert not (report / "hook_ran").exists()
 
 
@@ -232,7 +233,7 @@ def test_whole_file_is_converted(report, server, small, tmp_path, capsys):
     assert file["format"] == 1 and file["step"] == 12000 and file["made_by"]["source"] == f"{server.url}/{NAME}"
     z = torch.load(report / "reference.pt")["z"]
     expected = torch.load(report / "reference.pt")["images"]
-    assert torch.equal(Generator.load(tmp_path / "models" / NAME)(z), expected)
+    assert torch.equal(load_generator(tmp_path / "models" / NAME)(z), expected)
     assert "step 12000" in capsys.readouterr().out
 
 
@@ -310,7 +311,7 @@ def test_wrong_file_gets_no_name(report, server, small, tmp_path, capsys, source
 
 def test_flipped_bit_is_caught_by_check_alone(report, tmp_path):
     (tmp_path / "m.pt").write_bytes(flipped((report / NAME).read_bytes()))
-    Generator.load(tmp_path / "m.pt")  # torch sees nothing
+    load_generator(tmp_path / "m.pt")  # torch sees nothing
     with pytest.raises(ValueError, match="damaged"):
         download_model.check(tmp_path / "m.pt", "m.pt")
 

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 import Interpolation as ip
+from checkpoints import load_generator
 from Generator import Generator, latent
 
 
@@ -27,7 +28,7 @@ def model(tmp_path):
 
 @pytest.fixture
 def generator(model):
-    return Generator.load(model)
+    return load_generator(model)
 
 
 def run(model, out, *flags):
@@ -335,7 +336,7 @@ def test_folder_gives_its_newest_model_and_passes_over_torn_ones(tmp_path, capsy
     write_model(run / "generator_1000000.pt", seed=2)
     (run / "generator_1001000.pt").write_bytes((run / "generator_999000.pt").read_bytes()[:5000])
     loaded = ip.load_model(str(run))
-    expected = Generator.load(run / "checkpoint_1000000.pt")
+    expected = load_generator(run / "checkpoint_1000000.pt")
     assert torch.equal(loaded.linear.weight, expected.linear.weight)
     said = capsys.readouterr()
     assert "generator_1001000.pt" in said.err and "generator_1000000.pt" in said.out
@@ -350,7 +351,7 @@ def test_latest_is_the_newest_run_that_has_a_model(tmp_path, monkeypatch, capsys
     write_model(tmp_path / "runs/128px/generator_000300.pt", seed=3)  # of --out runs/128px, so it has no number
     (tmp_path / "runs/0012-torn/generator_000100.pt").write_bytes(b"torn")
     assert torch.equal(
-        ip.load_model("latest").linear.weight, Generator.load("runs/0010-new/generator_000100.pt").linear.weight
+        ip.load_model("latest").linear.weight, load_generator("runs/0010-new/generator_000100.pt").linear.weight
     )
     assert str(os.path.join("runs", "0010-new")) in capsys.readouterr().out
 

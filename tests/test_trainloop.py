@@ -13,8 +13,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import Trainloop
+from checkpoints import load_generator, read_model_file
 from Dataset import draw_face
-from Generator import Generator, read_model_file
+from Generator import Generator
 from Trainloop import (
     build_state,
     checkpoint_of,
@@ -224,7 +225,7 @@ def test_growing_takes_over_the_smaller_networks_and_fades_the_new_blocks_in(tin
     Trainloop.grow(state, small)
     z = torch.randn(2, 100)
     Trainloop.set_fade(state, settings)
-    enlarged = Generator.load(small)(z).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    enlarged = load_generator(small)(z).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     assert torch.equal(state.ema(z), enlarged)
     assert equal(state.critic.head.state_dict()["weight"], read_model_file(small)["critic"]["state"]["head.weight"])
     train_step(state, settings, Noise(), torch.device("cpu"))
@@ -431,7 +432,7 @@ def test_a_checkpoint_is_plain_and_complete(tiny, tmp_path):
     small = torch.load(tmp_path / "run/generator_000001.pt", weights_only=True)
     assert equal(small["generator"]["state"], file["ema"]) and "critic" not in small
     z = torch.randn(2, 100)
-    loads = [Generator.load(tmp_path / f"run/{kind}_000001.pt")(z) for kind in ("checkpoint", "generator")]
+    loads = [load_generator(tmp_path / f"run/{kind}_000001.pt")(z) for kind in ("checkpoint", "generator")]
     assert torch.equal(*loads)
 
 

@@ -13,8 +13,8 @@ import torch
 from test_trainloop import ROOT, TINY, equal, faces, image_steps, main, scalars, wait_for  # noqa: F401 - a fixture
 
 import Trainloop
+from checkpoints import read_model_file
 from Critic import Critic, gradient_penalty
-from Generator import read_model_file
 
 pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="Windows has neither these signals nor ps"),

@@ -1,0 +1,55 @@
+"""What all commands share: one way to declare flags, to refuse bad input, and to end."""
+
+import argparse
+import re
+import signal
+import sys
+
+OUT_OF_MEMORY = "out of memory|enough memory|allocate memory|ALLOC_FAILED"  # CUDA, CPU, cuDNN and cuBLAS
+
+
+class UserError(ValueError):
+    """Input that cannot be used. Its text is one line that names the flag or file, the bad value and the way out.
+
+    Only this error ends a command in one line. Any other is a fault of the program and keeps its traceback.
+    """
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds each flag's default to its help, but for those without one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def make_parser(description):
+    """Return an argparse parser whose errors are one line, for it has no usage line, and whose help tells defaults."""
+    return argparse.ArgumentParser(usage=argparse.SUPPRESS, description=description, formatter_class=HelpFormatter)
+
+
+def run_command(command, argv=None):
+    """Call command(argv) and return the exit status of the script: 0, or what `command` returns.
+
+    A UserError ends it in one line with status 2, a lack of memory or a failed read or write with status 1, Ctrl-C
+    with status 130.
+    """
+    script = re.sub(r".*[/\\]", "", sys.modules[command.__module__].__file__)
+    try:
+        return command(argv) or 0
+    except UserError as error:
+        status, message = 2, str(error)
+    except OSError as error:
+        status, message = 1, str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        status, message = 1, "out of memory; use a smaller --batch-size or model, or --device cpu"
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    print(f"{script}: error: {message}", file=sys.stderr)
+    return status
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that the CPU or GPU has too little memory; torch reports it as RuntimeError."""
+    return isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)) is not None
