@@ -4,6 +4,7 @@ Every image is decoded and resized once, into a memory-mapped file of raw bytes,
 no time and a batch is a copy. `python Dataset.py` shows what would be trained on.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -269,9 +270,11 @@ def pack(file, paths, size, crop, workers, quiet):
     with atomic_write(file) as temporary:
         with (
             open(temporary, "wb") as output,
-            ThreadPoolExecutor(workers or os.cpu_count()) as pool,
+            contextlib.ExitStack() as ending,
             tqdm(total=len(members), unit=" images", disable=True if quiet else None, leave=False) as bar,
         ):
+            pool = ThreadPoolExecutor(workers or os.cpu_count())
+            ending.callback(pool.shutdown, cancel_futures=True)  # an error or a signal does not wait for the others
             for start in range(0, len(members), 256):  # in parts: memory stays flat however many images there are
                 part = members[start : start + 256]
                 for (name, _, _), (pixels, note) in zip(part, pool.map(load, part), strict=True):
@@ -292,7 +295,7 @@ def pack(file, paths, size, crop, workers, quiet):
             )
     index = {"side": side, "skipped": skipped, "images": images}
     with atomic_write(file.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(index), encoding="utf-8")
+        temporary.write_text(json.dumps(index | {"seal": seal(index)}), encoding="utf-8")
     return index
 
 
@@ -300,10 +303,17 @@ def read_index(file):
     """Return the index of the pack `file`, or None unless both are there and whole."""
     try:
         index = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-        whole = file.stat().st_size == len(index["images"]) * index["side"] ** 2 * 3
-    except (OSError, ValueError, KeyError):
+        whole = (
+            index.pop("seal") == seal(index) and file.stat().st_size == len(index["images"]) * index["side"] ** 2 * 3
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # whatever the file holds
         return None
     return index if whole else None
+
+
+def seal(index):
+    """Return a hash of all that an index says: what another hand has written is no index."""
+    return hashlib.sha256(json.dumps(index).encode()).hexdigest()
 
 
 def tell_of_older_packs(file, quiet):
