@@ -4,33 +4,39 @@ Every image is decoded and resized once, into a memory-mapped file of raw bytes,
 no time and a batch is a copy. `python Dataset.py` shows what would be trained on.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
 import os
 import re
-import shutil
 import sys
-import tempfile
-import zlib
-from concurrent.futures import ThreadPoolExecutor
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from PIL import Image
 
 from checkpoints import atomic_write
 from command_line import UserError, make_parser, run_command
 from drawn_faces import draw_face
 from Generator import SIZES
-from image_files import CROPS, EXPECTED, decode, describe_source, list_images, native_side, read_member, read_partition
+from image_files import (
+    CROPS,
+    EXPECTED,
+    Found,
+    describe_source,
+    list_images,
+    native_side,
+    printable,
+    read_image,
+    read_partition,
+)
+from packs import is_writable, pack, read_index
 
 DATA = Path(__file__).resolve().parent / "data"  # where --download puts CelebA
 SPLITS = {"train": 0, "val": 1, "test": 2}  # the numbers in CelebA's list_eval_partition
-MOST_BROKEN = 0.05  # share of unreadable images above which the data itself is wrong
 PACK_VERSION = 2  # raise it when the bytes written for the same image change
 DRAWN = [Path("drawn")]  # what --data drawn means
 DRAWN_COUNT, DRAWN_SIDE = 4096, 128  # built-in faces, and the largest size in pixels they are stored at
@@ -113,11 +119,13 @@ def open_data(data, size=128, crop="center", split="all", cache=None, workers=No
     """
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: packing needs 1 thread at least")
+    if cache is not None and not str(cache):
+        raise UserError("--cache: the path is empty; is a shell variable not set?")
     paths = choose_paths(data, quiet)
     partition = {} if split == "all" or paths == DRAWN else read_partition(paths)
     if split != "all" and not partition:
         place = "for the drawn faces" if paths == DRAWN else f"beside {paths[0]}"
-        raise UserError(f"--split {split}: no list_eval_partition.txt or .csv {place}; leave --split out, or add it")
+        raise UserError(f"--split {split}: no list_eval_partition.txt or .csv {place}; leave --split out or add it")
     name = "drawn" if paths == DRAWN else re.sub(r"\W+", "-", paths[0].resolve().stem)[:40]
     sources = ["drawn", DRAWN_COUNT] if paths == DRAWN else [describe_source(path) for path in paths]
     key = hashlib.sha256(json.dumps([PACK_VERSION, size, crop, sources]).encode()).hexdigest()[:16]
@@ -129,8 +137,7 @@ def open_data(data, size=128, crop="center", split="all", cache=None, workers=No
         if folder is None:
             raise UserError(f"--cache {folders[0]}: cannot write there; choose another folder with --cache DIR")
         file = folder / files[0].name
-        index = pack(file, paths, size, crop, workers, quiet)
-        tell_of_older_packs(file, quiet)
+        index = pack(file, *survey(paths, size, crop), workers, quiet)
 
     contents = [(name.rsplit("/", 1)[-1], checksum) for name, checksum in index["images"]]
     rows = np.array(
@@ -139,7 +146,7 @@ def open_data(data, size=128, crop="center", split="all", cache=None, workers=No
     if not len(rows):
         raise UserError(f"--split {split}: none of the {len(contents)} images in {paths[0]} belongs to it")
     lines = "\n".join(f"{name} {checksum}" for name, checksum in (contents[row] for row in rows))
-    fingerprint = hashlib.sha256(lines.encode()).hexdigest()[:16]
+    fingerprint = hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()[:16]
     images = np.memmap(file, np.uint8, "r", shape=(len(contents), index["side"], index["side"], 3))
     return PackedImages(
         images, rows, size, crop, split, name, [str(path) for path in paths], fingerprint, index["skipped"], file
@@ -154,6 +161,8 @@ def choose_paths(data, quiet=False):
               f"the zip from {KAGGLE} and pass it with --data.", flush=True)  # fmt: skip
     if paths is None or [str(path) for path in paths] == ["drawn"]:
         return DRAWN
+    if "" in map(str, paths):
+        raise UserError("--data: a path is empty; is a shell variable not set?")
     paths = list(dict.fromkeys(Path(path).absolute() for path in paths))
     for path in paths:
         if not (path.is_file() or path.is_dir()):
@@ -174,6 +183,34 @@ def find_celeba():
             if found:
                 return [min(whole, key=lambda path: len(path.name))] if whole else parts
     return None
+
+
+def estimate_pack(data, size):
+    """Return (number of images, bytes of their pack) for a value of --data; raises UserError as open_data does."""
+    found, side, _ = survey(choose_paths(data), size, crop="center")
+    return len(found.members), len(found.members) * side * side * 3
+
+
+def survey(paths, size, crop):
+    """Return (images Found, side in pixels at which they are packed, function that loads one of them for `pack`)."""
+    if paths == DRAWN:
+        side = min(size, DRAWN_SIDE)
+        found = Found("drawn", [(str(i), None, None) for i in range(DRAWN_COUNT)])
+        return found, side, lambda member: (draw_face(int(member[0]), side), int(member[0]))
+    # Pillow warns of images that are too large; they are left out by name instead.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    found = list_images(paths)
+    side = min(size, native_side(found.members))
+    return found, side, lambda member: read_image(member, side, crop)
+
+
+def cache_folders(paths, cache):
+    """Return the folders where packs may lie, the preferred one first."""
+    if cache is not None:
+        return [Path(cache)]
+    beside = DATA if paths == DRAWN else paths[0].resolve().parent
+    own = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return [beside, Path(own, "facefusion")] if os.path.isabs(own) else [beside]  # a user may have no home
 
 
 # ---- order ----------------------------------------------------------------------------------------------------
@@ -202,126 +239,6 @@ def batch_indices(count, seed, start, batch_size):
         parts.append(epoch_order(count, seed, epoch)[offset : offset + batch_size])
         start, batch_size = start + len(parts[-1]), batch_size - len(parts[-1])
     return torch.cat(parts)
-
-
-# ---- packing --------------------------------------------------------------------------------------------------
-
-
-def estimate_pack(data, size):
-    """Return (number of images, bytes of their pack) for a value of --data; raises UserError as open_data does."""
-    paths = choose_paths(data)
-    if paths == DRAWN:
-        return DRAWN_COUNT, DRAWN_COUNT * min(size, DRAWN_SIDE) ** 2 * 3
-    members = list_images(paths)
-    return len(members), len(members) * min(size, native_side(members)) ** 2 * 3
-
-
-def cache_folders(paths, cache):
-    """Return the folders where packs may lie, the preferred one first."""
-    if cache is not None:
-        return [Path(cache)]
-    beside = DATA if paths == DRAWN else paths[0].resolve().parent
-    return [beside, Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "facefusion"]
-
-
-def is_writable(folder):
-    """Make a folder where it is missing, and return whether files can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not folder.stat().st_mode & 0o222:  # marked read-only: root could write all the same, but should not
-            return False
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
-
-
-def pack(file, paths, size, crop, workers, quiet):
-    """Decode all images into `file`, (N, side, side, 3) uint8, and write and return its index, FILE.json.
-
-    Raises UserError where the disk is too small or too many images are broken.
-    """
-    if paths == DRAWN:
-        members, side = [(str(i), None, None) for i in range(DRAWN_COUNT)], min(size, DRAWN_SIDE)
-    else:
-        members = list_images(paths)
-        side = min(size, native_side(members))
-    need, free = len(members) * side * side * 3, shutil.disk_usage(file.parent).free
-    if not quiet:
-        print(f"Packing {len(members):,} images at {side} px once into {file.parent} ({need / 1e9:.2f} GB) ...",
-              flush=True)  # fmt: skip
-    if need > free:
-        raise UserError(
-            f"--cache {file.parent}: packing needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-            "choose another disk with --cache DIR or a smaller --size"
-        )
-
-    def load(member):
-        """Return (pixels, checksum of the encoded image), or (None, why it cannot be used)."""
-        if paths == DRAWN:
-            return draw_face(int(member[0]), side), int(member[0])
-        try:
-            data = read_member(*member)
-            return decode(data, side, crop), zlib.crc32(data)
-        except Exception as error:  # Pillow and zipfile raise many types; each of them means one unusable image
-            return None, f"{member[0]} ({error})"
-
-    images, skipped = [], []
-    with atomic_write(file) as temporary:
-        with (
-            open(temporary, "wb") as output,
-            contextlib.ExitStack() as ending,
-            tqdm(total=len(members), unit=" images", disable=True if quiet else None, leave=False) as bar,
-        ):
-            pool = ThreadPoolExecutor(workers or os.cpu_count())
-            ending.callback(pool.shutdown, cancel_futures=True)  # an error or a signal does not wait for the others
-            for start in range(0, len(members), 256):  # in parts: memory stays flat however many images there are
-                part = members[start : start + 256]
-                for (name, _, _), (pixels, note) in zip(part, pool.map(load, part), strict=True):
-                    if pixels is None:
-                        skipped.append(note)
-                    else:
-                        output.write(pixels)
-                        images.append((name, note))
-                bar.update(len(part))
-        if skipped and not quiet:
-            more = f"; and {len(skipped) - 10} more, listed in {file.stem}.json" if len(skipped) > 10 else ""
-            print(f"Left out {len(skipped)} of {len(members)} images that cannot be used: "
-                  f"{'; '.join(skipped[:10])}{more}")  # fmt: skip
-        if len(skipped) > MOST_BROKEN * len(members):
-            raise UserError(
-                f"--data {' '.join(map(str, paths))}: {len(skipped)} of {len(members)} images cannot be used, more "
-                f"than {MOST_BROKEN:.0%}; the first is {skipped[0]}; download the data again"
-            )
-    index = {"side": side, "skipped": skipped, "images": images}
-    with atomic_write(file.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(index | {"seal": seal(index)}), encoding="utf-8")
-    return index
-
-
-def read_index(file):
-    """Return the index of the pack `file`, or None unless both are there and whole."""
-    try:
-        index = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-        whole = (
-            index.pop("seal") == seal(index) and file.stat().st_size == len(index["images"]) * index["side"] ** 2 * 3
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # whatever the file holds
-        return None
-    return index if whole else None
-
-
-def seal(index):
-    """Return a hash of all that an index says: what another hand has written is no index."""
-    return hashlib.sha256(json.dumps(index).encode()).hexdigest()
-
-
-def tell_of_older_packs(file, quiet):
-    """Print what the packs take that were made of other states of the same data, with the same size and crop."""
-    older = [old for old in file.parent.glob(f"{file.stem.rpartition('-')[0]}-{'?' * 16}.u8") if old != file]
-    if older and not quiet:
-        total = sum(old.stat().st_size for old in older) / 1e9
-        print(f"{len(older)} older packs take {total:.2f} GB; delete what no run needs: {', '.join(map(str, older))}")
 
 
 # ---- command --------------------------------------------------------------------------------------------------
@@ -365,7 +282,7 @@ def show(argv=None):
     print(
         f"{len(dataset):,} images ({dataset.name}, split {dataset.split}, crop {dataset.crop}, "
         f"{len(dataset.skipped)} left out), trained on at {args.size} px, stored at {dataset.images.shape[1]} px in "
-        f"{dataset.cache_file} ({dataset.images.nbytes / 1e9:.2f} GB)"
+        f"{printable(str(dataset.cache_file))} ({dataset.images.nbytes / 1e9:.2f} GB)"
     )
     images = dataset.batch(batch_indices(len(dataset), args.seed, 0, 15))  # (15, 3, size, size)
     with atomic_write(args.out) as file:

@@ -17,7 +17,6 @@ import Dataset
 from command_line import UserError
 from Dataset import batch_indices, epoch_order, estimate_pack, find_celeba, main, open_data
 from drawn_faces import draw_face
-from image_files import decode
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,48 +65,6 @@ def test_batches_are_the_same_on_a_gpu_sent_or_resident(folder, size):
         assert images.is_cuda and images.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(images.cpu(), dataset.batch(range(12)), atol=1e-5, rtol=1e-5)
     assert dataset.resident.shape == dataset.images.shape
-
-
-def test_center_cuts_the_square_and_squash_keeps_everything():
-    image = np.zeros((218, 178, 3), np.uint8)
-    image[:20] = image[-20:] = 255  # exactly what the central square leaves out
-    data = io.BytesIO()
-    Image.fromarray(image).save(data, "PNG")
-    assert decode(data.getvalue(), 64, "center").max() == 0
-    squashed = decode(data.getvalue(), 64, "squash")
-    assert squashed[0].min() == 255 and squashed[32].max() == 0
-
-
-def test_center_does_not_blur_where_sides_differ_by_an_odd_number():
-    stripes = np.zeros((65, 64, 3), np.uint8)
-    stripes[::2] = 255
-    data = io.BytesIO()
-    Image.fromarray(stripes).save(data, "PNG")
-    assert set(np.unique(decode(data.getvalue(), 64, "center"))) == {0, 255}
-
-
-def test_resizing_is_antialiased():
-    """One-pixel stripes become even grey; without antialiasing they would leave moire."""
-    stripes = np.zeros((256, 256, 3), np.uint8)
-    stripes[:, ::2] = 255
-    data = io.BytesIO()
-    Image.fromarray(stripes).save(data, "PNG")
-    for crop in ("center", "squash"):
-        inner = decode(data.getvalue(), 32, crop)[4:-4, 4:-4].astype(float)
-        assert abs(inner - 127.5).max() < 6
-
-
-def test_peoples_own_photos():
-    """Grey, transparent and rotated images are usable: transparency becomes white, EXIF turns are undone."""
-    assert decode(jpeg(100, (40, 40), "PNG", "L"), 32, "center").shape == (32, 32, 3)
-    assert decode(jpeg((0, 0, 0, 0), (40, 40), "PNG", "RGBA"), 32, "center").min() == 255
-    image = Image.new("RGB", (64, 64), "black")
-    image.paste("white", (0, 0, 64, 32))  # white on top
-    exif, data = Image.Exif(), io.BytesIO()
-    exif[0x0112] = 6  # shown turned by 90 degrees clockwise, so the white half is on the right
-    image.save(data, "JPEG", exif=exif)
-    turned = decode(data.getvalue(), 32, "center")
-    assert turned[16, 28].min() > 200 and turned[16, 3].max() < 50
 
 
 def test_zips_folders_and_parts_are_the_same_data(folder, tmp_path):
@@ -177,7 +134,7 @@ def test_a_damaged_pack_is_made_anew(folder, damage):
 def test_a_killed_packing_leaves_nothing_for_long(folder, name):
     code = f"""
 import time, Dataset
-Dataset.decode = lambda *args: print("decoding", flush=True) or time.sleep(0.5)
+Dataset.read_image = lambda *args: print("decoding", flush=True) or time.sleep(0.5)
 Dataset.open_data([{str(folder)!r}], size=32, workers=1)"""
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
         while "decoding" not in run.stdout.readline():
@@ -286,25 +243,6 @@ def test_script_reports_bad_input_in_one_line(tmp_path, capsys):
     assert err.startswith("Dataset.py: error: --data") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("kind", ["txt", "csv"])
-@pytest.mark.parametrize("place", ["beside", "inside the zip"])
-def test_splits_follow_the_partition_list(tmp_path, kind, place):
-    path = make_zip(tmp_path / "archive.zip", [f"{i:03d}.jpg" for i in range(10)])
-    rows = [(f"{i:03d}.jpg", 0 if i < 6 else 1 if i < 9 else 2) for i in range(10)]
-    text = "\n".join(f"{n} {s}" for n, s in rows)
-    if kind == "csv":
-        text = "image_id,partition\n" + "\n".join(f"{n},{s}" for n, s in rows)
-    if place == "beside":
-        (tmp_path / f"list_eval_partition.{kind}").write_text(text)
-    else:
-        with zipfile.ZipFile(path, "a") as archive:
-            archive.writestr(f"list_eval_partition.{kind}", text)
-    sizes = {split: len(open_data([path], size=32, split=split)) for split in ("all", "train", "val", "test")}
-    assert sizes == {"all": 10, "train": 6, "val": 3, "test": 1}
-    reds = open_data([path], size=32, split="val").batch(range(3))[:, 0].mean((1, 2))
-    torch.testing.assert_close(reds, torch.tensor([60.0, 70, 80]) / 127.5 - 1, atol=0.03, rtol=0)
-
-
 def test_every_epoch_has_every_image_once_in_its_own_order():
     batches = [batch_indices(10, 3, start, 4) for start in range(0, 40, 4)]  # batches cross the epochs' borders
     order = torch.cat(batches).view(4, 10)
@@ -319,6 +257,17 @@ def test_order_does_not_depend_on_process_or_global_random_state():
     code = "import torch; torch.manual_seed(9); from Dataset import epoch_order; print(epoch_order(20, 1, 2).tolist())"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert epoch_order(20, 1, 2).tolist() == eval(out)
+
+
+def test_a_set_smaller_than_a_batch_fills_it(tmp_path):
+    (tmp_path / "few").mkdir()
+    for i in range(3):
+        (tmp_path / "few" / f"{i}.png").write_bytes(jpeg((i * 50, 0, 0), (40, 40), "PNG"))
+    dataset = open_data([tmp_path / "few"], 32)
+    assert dataset.batch(batch_indices(len(dataset), 0, 0, 8)).shape == (8, 3, 32, 32)
+
+
+# ---- drawn faces and the command ------------------------------------------------------------------------------
 
 
 def test_drawn_faces_are_the_same_everywhere_and_all_different():
