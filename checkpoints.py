@@ -40,6 +40,9 @@ def atomic_write(path):
             with open(temporary, "rb+") as written:
                 os.fsync(written.fileno())
             os.replace(temporary, path)
+    except OSError as error:  # a full disk, say, of which the system names no file
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
