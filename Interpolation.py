@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from checkpoints import atomic_write, load_generator, step_of
-from command_line import UserError, make_parser, run_command
+from command_line import UserError, filled_path, make_parser, run_command
 from device import add_device_flag, pick_device
 from Generator import latent, to_uint8
 
@@ -209,10 +209,10 @@ def load_model(name, device="cpu"):
     "latest" is the newest model in the numbered folders under ./runs, looked for from the newest run on. In folders
     a file that cannot be read is passed over, with a line on stderr. Raises UserError where no model can be read.
     """
-    if name != "latest" and Path(name).is_file():
+    if str(name) != "latest" and Path(name).is_file():
         return load_generator(name, device)
     runs = sorted(Path("runs").glob("[0-9][0-9][0-9][0-9]-*/"), reverse=True)
-    for folder in runs if name == "latest" else [Path(name)]:
+    for folder in runs if str(name) == "latest" else [Path(name)]:
         for file in sorted(folder.glob("*.pt"), key=lambda file: (step_of(file), file.name), reverse=True):
             try:
                 generator = load_generator(file, device)
@@ -258,7 +258,8 @@ def parse(argv):
     """Return the flags. Raises UserError for a value out of range, a file that cannot be, flags that exclude others."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--model", default=SHIPPED, help="a generator, a checkpoint, a folder of them, or latest: the newest run's")
+    model = "a generator, a checkpoint, a folder of them, or latest: the newest run's"
+    add("--model", type=filled_path, default=SHIPPED, help=model)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--seeds", type=int, nargs="+", metavar="SEED", default=SEEDS, help="the faces, two or more")
     which.add_argument("--random", type=int, metavar="N", help="take N random seeds; they are printed")
@@ -272,7 +273,7 @@ def parse(argv):
     add("--scale", type=int, default=1, help="draw each pixel as a square of this side")
     add("--label", action="store_true", help="write the seeds under the picture")
     add("--fps", type=float, default=25.0, help="frames per second")
-    add("--out", type=Path, default="morph.gif", help=".gif, .mp4, .webp, or .png: a film strip")
+    add("--out", type=filled_path, default="morph.gif", help=".gif, .mp4, .webp, or .png: a film strip")
     add_device_flag(parser)
     args = parser.parse_args(argv)
 
