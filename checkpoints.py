@@ -40,6 +40,9 @@ def atomic_write(path):
             with open(temporary, "rb+") as written:
                 os.fsync(written.fileno())
             os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or path  # a full disk is told without
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import torch
 
 from checkpoints import atomic_write, load_generator, read_model_file, step_of
-from command_line import UserError, make_parser, run_command
+from command_line import UserError, filled_path, make_parser, run_command
 
 DRIVE_IDS = {
     "generator_model_batch_12000.pt": "1MbFbA4S_UecZPw4BhoaOc1H83QwluuZf",
@@ -22,7 +22,6 @@ DRIVE_IDS = {
     "generator_model_batch_3462000.pt": "1J4EUE5xSUsuS7cuaSqsTwyzW6ZxmAx5y",
     "generator_model_batch_3924000.pt": "1j1xoJSWPUxM-GNpfxX0kDYNl1wYjR3Dz",
 }
-PUBLISHED_CONFIG = {"nz": 100, "ngf": 128, "size": 128, "stem_norm": False}
 PUBLISHED_PARAMETERS = 20_362_819
 DRIVE = "https://drive.google.com/file/d/"
 
@@ -51,17 +50,16 @@ def fetch(url, path):
 
 
 def check(path, name, sha256=None):
-    """Return the dict of the model in `path` and the sha256 of its file; run nothing in it.
-
-    Raises UserError unless it is whole, has the sum `sha256` and, under a published name, is the report's generator.
+    """Return the dict of the model in `path` and the sha256 of its file; run nothing in it. Raises UserError unless it
+    is whole, has the sum `sha256` and, under a published name, is the report's generator.
     """
     content = path.read_bytes()
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load ignores its checksums: a flipped bit is a strange face
             damaged = archive.testzip()
     except Exception as error:  # zipfile raises many types
-        page = content[:512].lstrip().startswith(b"<")
-        damaged = "it is a web page, as Google Drive sends one when a file's quota is used up" if page else error
+        page = "it is a web page, as Google Drive sends one when a file's quota is used up"
+        damaged = page if content[:512].lstrip().startswith(b"<") else error
     if damaged:
         raise UserError(f"torn or damaged ({damaged})")
     file = read_model_file(path)
@@ -70,8 +68,8 @@ def check(path, name, sha256=None):
     if name in DRIVE_IDS:
         came = (file.get("made_by") or {}).get("sha256", came)  # of the file before it was written anew
         parameters = sum(p.numel() for p in generator.parameters())
-        if parameters != PUBLISHED_PARAMETERS or not PUBLISHED_CONFIG.items() <= generator.config.items():
-            raise UserError(f"it has {parameters:,} parameters and {generator.config}, unlike the report's generator")
+        if parameters != PUBLISHED_PARAMETERS:
+            raise UserError(f"it has {parameters:,} parameters, the report's generator {PUBLISHED_PARAMETERS:,}")
     if sha256 and came != sha256.lower():
         raise UserError(f"its sha256 is {came}, not {sha256}")
     return file, came
@@ -91,19 +89,21 @@ def download(name, url, folder, sha256=None):
             raise UserError(f"{target} is there, but {error}; move it away and run this again") from error
         return print(f"{target} is there already")
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(target) as temporary:
+    with atomic_write(target) as temporary:  # removes what killed processes left, but for torch.hub's own temporaries
+        for partial in folder.glob(".*.tmp-*.partial"):
+            if not partial.with_suffix("").with_suffix("").exists():
+                partial.unlink()
         try:
             beside = fetch(url, temporary)
             file, came = check(temporary, name, sha256 or beside)
         except UserError as error:
             reason = str(error).replace(str(temporary), "it")
-            raise UserError(f"{name} was not kept: {reason}. You may run this again, open {url} in a browser and save "
-                            f"the file as {target}, or name a mirror with --from") from error  # fmt: skip
+            by_hand = f"open {url} in a browser and save the file as {target}, or name a mirror with --from"
+            raise UserError(f"{name} was not kept: {reason}. You may run this again, {by_hand}") from error
         if name in DRIVE_IDS:
-            file["step"] = step_of(target)
-            file["made_by"] = (file.get("made_by") or {}) | {"source": url, "sha256": came}
-            torch.save(file, temporary)
-    print(f"{target}: step {file.get('step')}, {target.stat().st_size / 1e6:.1f} MB")
+            made_by = (file.get("made_by") or {}) | {"source": url, "sha256": came}
+            torch.save(file | {"step": step_of(target), "made_by": made_by}, temporary)
+    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
 
 
 def fetch_models(argv):
@@ -113,7 +113,7 @@ def fetch_models(argv):
     parser.add_argument("--list", action="store_true", help="show name, step, size and what is there; fetch nothing")
     parser.add_argument("--from", dest="mirror", metavar="URL", help="folder of a mirror, or one model file (.pt)")
     parser.add_argument("--sha256", metavar="HEX", help="sum that the one file fetched must have")
-    parser.add_argument("--out", type=Path, default="models", metavar="FOLDER", help="where the models go")
+    parser.add_argument("--out", type=filled_path, default="models", metavar="FOLDER", help="where the models go")
     args = parser.parse_args(argv)
     names = [name if name in DRIVE_IDS else f"generator_model_batch_{name}.pt" for name in args.names or DRIVE_IDS]
     if unknown := set(names) - set(DRIVE_IDS):
@@ -130,9 +130,9 @@ def fetch_models(argv):
     if args.list:
         print(f"{'name':<34}{'step':>9}{'MB':>8}  in {args.out}")
         for path in dict.fromkeys([*(args.out / name for name in DRIVE_IDS), *sorted(args.out.glob("*.pt"))]):
-            size = path.stat().st_size if path.is_file() else 4 * PUBLISHED_PARAMETERS  # float32
-            step = step_of(path) if step_of(path) >= 0 else ""
-            print(f"{path.name:<34}{step:>9}{size / 1e6:>8.1f}  {'yes' if path.is_file() else 'no'}")
+            there, step = path.is_file(), step_of(path)
+            size = path.stat().st_size if there else 4 * PUBLISHED_PARAMETERS  # float32
+            print(f"{path.name:<34}{step if step >= 0 else '':>9}{size / 1e6:>8.1f}  {'yes' if there else 'no'}")
         return
     for name, url in jobs.items():
         download(name, url, args.out, args.sha256)
