@@ -33,7 +33,7 @@ from tqdm import tqdm
 from checkpoints import FORMAT, read_model_file, step_of
 from command_line import is_out_of_memory
 from Critic import NORMS, Critic, clip_weights, critic_loss, generator_loss, gradient_penalty
-from Dataset import add_data_flags, batch_indices, choose_paths, open_data, seeded, survey, to_range
+from Dataset import add_data_flags, batch_indices, estimate_pack, open_data, seeded
 from device import add_device_flag, pick_device, prepare, resolve_precision
 from Generator import BLOCKS, SIZES, Generator, check_parts, latent, to_uint8
 
@@ -755,7 +755,7 @@ def train_step(state, settings, dataset, device, updates=None):
     seen = state.step * settings.n_critic * settings.batch_size
     for i in range(settings.n_critic):
         indices = batch_indices(len(dataset), settings.seed, seen + i * settings.batch_size, settings.batch_size)
-        real = to_range(send(dataset.pixels(indices[mine]), device), settings.size)  # (B, 3, S, S)
+        real = dataset.batch(indices[mine], device)  # (B, 3, S, S)
         real = torch.where(noise["flip"][i], real.flip(3), real)
         loss_d, estimate, penalty, norm_d = update_critic(real, noise["z"][i], noise["epsilon"][i])
     loss_g, fake, norm_g = update_generator(noise["z"][-1])
@@ -909,8 +909,8 @@ def dry_run(state, settings, device):
         def __len__(self):
             return 1_000_000
 
-        def pixels(self, indices):
-            return torch.from_numpy(noise[: len(indices)]).permute(0, 3, 1, 2)
+        def batch(self, indices, device):
+            return send(torch.from_numpy(noise[: len(indices)]).permute(0, 3, 1, 2), device) / 127.5 - 1
 
     updates = updates_of(state, settings, device)
 
@@ -929,14 +929,14 @@ def dry_run(state, settings, device):
     weights = 4 * sum(count.values())
     steps, kept = settings.steps, settings.steps // settings.checkpoint_every
     full = 3 * weights + 4 * count["generator"] * bool(settings.ema)
-    images, _, side = survey(choose_paths(settings.data), settings.size)
+    images, pack_bytes = estimate_pack(settings.data, settings.size)
     print(f"parameters   generator {count['generator']:,}, critic {count['critic']:,}")
     if device.type == "cuda":
         print(f"memory       {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on {torch.cuda.get_device_name()}, "
               "beside the images, which go there where they fill no more than half of what is free")  # fmt: skip
     else:
         print(f"memory       {(full + weights) / 1e9:.2f} GB for weights, gradients and optimizers, beside the batch's")
-    print(f"disk         {len(images) * side * side * 3 / 1e9:.2f} GB for {len(images):,} packed images, "
+    print(f"disk         {pack_bytes / 1e9:.2f} GB for {images:,} packed images, "
           f"{(settings.keep + 1) * full / 1e9:.2f} GB for the last {settings.keep} checkpoints (+1 while "
           f"writing), {kept * 4 * count['generator'] / 1e9:.2f} GB for {kept} generators")  # fmt: skip
     print(f"expected     {per_step * steps / 3600:.1f} hours for {steps:,} steps at {1 / per_step:.2f} "
@@ -970,8 +970,6 @@ def train(settings, checkpoint=None, checkpoint_path=None):
 
     dataset = open_data_once(settings)
     settings.data = dataset.paths  # so that a resume finds the same, also where none were given
-    if device.type == "cuda" and len(dataset) * dataset.images[0].nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        dataset.to(device)
     made_by = {
         "command": shlex.join(["python", *sys.argv]),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},

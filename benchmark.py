@@ -27,7 +27,7 @@ from torch.utils.flop_counter import flop_registry
 
 from command_line import is_out_of_memory
 from Critic import Critic, critic_loss, generator_loss, gradient_penalty
-from Dataset import CelebADataset, batch_indices, draw_face, is_writable, to_range
+from Dataset import batch_indices, draw_face, is_writable, open_data
 from device import add_device_flag, pick_device, prepare, resolve_precision
 from Generator import SIZES, Generator, check_size
 
@@ -116,13 +116,11 @@ def our_way(settings, folder, device):
 
     prepare(device)
     state = Trainloop.build_state(settings, device)
-    dataset = CelebADataset(folder / "faces", settings.size, settings.crop, cache=folder, quiet=True)
-    if device.type == "cuda":
-        dataset.to(device)  # as Trainloop.train does with any set that fits
+    dataset = open_data([folder / "faces"], settings.size, settings.crop, cache=folder, quiet=True)
 
     def load():
         indices = batch_indices(len(dataset), settings.seed, 0, settings.batch_size)
-        return to_range(dataset.pixels(indices).to(device, non_blocking=True), settings.size)
+        return dataset.batch(indices, device)
 
     return lambda: Trainloop.train_step(state, settings, dataset, device)[0], load
 

@@ -537,12 +537,12 @@ def choose_real(args, size):
     reference = floor = open_split(args.split)
     order = epoch_order(len(reference), 0, 0)
     if args.floor_split:
-        floor = open_split(args.floor_split)
-        if floor.split == reference.split or "all" in (floor.split, reference.split):
+        if args.floor_split == args.split or args.split == "all":
             raise ValueError(
                 f"--floor-split {args.floor_split}: shares images with the reference (split {reference.split}); "
                 "name two different splits of data that has some, or leave it out"
             )
+        floor = open_split(args.floor_split)
         chosen = order[: args.samples], epoch_order(len(floor), 0, 0)[: args.samples]
     else:
         count = min(args.samples, len(order) // 2)
