@@ -4,6 +4,7 @@ import argparse
 import re
 import signal
 import sys
+from pathlib import Path
 
 OUT_OF_MEMORY = "out of memory|enough memory|allocate memory|ALLOC_FAILED"  # CUDA, CPU, cuDNN and cuBLAS
 
@@ -25,6 +26,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def make_parser(description):
     """Return an argparse parser whose errors are one line, for it has no usage line, and whose help tells defaults."""
     return argparse.ArgumentParser(usage=argparse.SUPPRESS, description=description, formatter_class=HelpFormatter)
+
+
+def filled_path(text):
+    """The argparse type of a flag that takes a path; an empty one would mean the current folder, and is refused."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty; is a shell variable not set?")
+    return Path(text)
 
 
 def run_command(command, argv=None):
