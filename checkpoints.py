@@ -104,6 +104,9 @@ def read_model_file(path):
         raise UserError(f"{path} is not a model file of this project: it has no generator")
     if file["format"] != FORMAT:
         raise UserError(f"{path} has format {file['format']}, this version reads format {FORMAT}")
+    for key, kind in (("step", int), ("settings", dict), ("made_by", dict)):
+        if not isinstance(file.get(key), kind | None):
+            raise UserError(f"{path} is damaged: its {key} is not of type {kind.__name__}")
     return file
 
 
@@ -112,16 +115,23 @@ def weights_of(file):
     return file.get("ema") or file["generator"]["state"]
 
 
-def load_generator(source, device="cpu"):
+def generator_only(file):
+    """Return what a generator file holds of any model file: not the critic, not the optimizers, one set of weights."""
+    generator = {"config": file["generator"]["config"], "state": dict(weights_of(file))}
+    made = {"settings": file.get("settings") or {}, "made_by": file.get("made_by") or {}}
+    return {"format": FORMAT, "step": file.get("step"), **made, "generator": generator}
+
+
+def load_generator(source, device="cpu", name="the model"):
     """Return the Generator in a model file, in eval mode and without gradients.
 
-    source: a path, or the dict that read_model_file returned. Checkpoints, generator files and the report's files are
-    built from the settings saved in them. Nothing in the file is executed.
+    source: a path, or the dict that read_model_file returned for `name`. Checkpoints, generator files and the report's
+    files are built from the settings saved in them. Nothing in the file is executed.
 
     Raises UserError where the file is missing, torn, no such model, or not finite.
     """
     file = source if isinstance(source, dict) else read_model_file(source)
-    name = "the model" if isinstance(source, dict) else source
+    name = name if isinstance(source, dict) else source
     try:
         generator = Generator(**file["generator"]["config"])
         generator.load_state_dict(weights_of(file))
@@ -134,8 +144,24 @@ def load_generator(source, device="cpu"):
 
 
 def step_of(path):
-    """Return the step in a model file's name, the last number there; -1 without one."""
-    return int((re.findall(r"\d+", path.stem) or [-1])[-1])
+    """Return the step in the name of a checkpoint_N.pt, generator_N.pt (six digits or more) or report file, else -1.
+
+    A number in any other name, such as mine_20240101.pt, is not a step, and that in generator_128.pt is a size.
+    """
+    found = re.fullmatch(r"(?:checkpoint|generator)_(\d{6,})|generator_model_batch_(\d+)", path.stem)
+    return int(found[1] or found[2]) if found else -1
+
+
+def list_models(folder):
+    """Return the model files in a folder, by the steps in their names; raises UserError where there is none.
+
+    Where a run has a checkpoint and a generator file of a step, it is the checkpoint: it also holds the critic.
+    """
+    files = sorted(folder.glob("*.pt"), key=lambda file: (step_of(file), file.name))
+    if not files:
+        raise UserError(f"{folder}: no model files (*.pt) in it; name a run's folder or model files")
+    twins = {file.name.replace("checkpoint_", "generator_", 1) for file in files if file.name.startswith("checkpoint_")}
+    return [file for file in files if file.name not in twins]
 
 
 def convert_report_file(module, path):

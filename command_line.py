@@ -1,9 +1,13 @@
 """What all commands share: one way to declare flags, to refuse bad input, and to end."""
 
 import argparse
+import contextlib
+import io
+import os
 import re
 import signal
 import sys
+from pathlib import Path
 
 OUT_OF_MEMORY = "out of memory|enough memory|allocate memory|ALLOC_FAILED"  # CUDA, CPU, cuDNN and cuBLAS
 
@@ -27,6 +31,30 @@ def make_parser(description):
     return argparse.ArgumentParser(usage=argparse.SUPPRESS, description=description, formatter_class=HelpFormatter)
 
 
+def filled_path(text):
+    """The argparse type of a flag that takes a path: refuses an empty one, which would mean the folder we are in."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty; is a shell variable not set?")
+    return Path(text)
+
+
+class Output:
+    """A text stream that drops what nobody can read any more (| head -1, a closed terminal), so no print ends a job."""
+
+    def __init__(self, stream):
+        self.stream = stream or io.StringIO()  # None where the shell closed it
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:  # what the buffer holds goes there too, or Python would try again when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def run_command(command, argv=None):
     """Call command(argv) and return the exit status of the script: 0, or what `command` returns.
 
@@ -34,19 +62,20 @@ def run_command(command, argv=None):
     with status 130.
     """
     script = re.sub(r".*[/\\]", "", sys.modules[command.__module__].__file__)
-    try:
-        return command(argv) or 0
-    except UserError as error:
-        status, message = 2, str(error)
-    except OSError as error:
-        status, message = 1, str(error)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        status, message = 1, "out of memory; use a smaller --batch-size or model, or --device cpu"
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    print(f"{script}: error: {message}", file=sys.stderr)
+    with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)):
+        try:
+            return command(argv) or 0
+        except UserError as error:
+            status, message = 2, str(error)
+        except OSError as error:
+            status, message = 1, str(error)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            status, message = 1, "out of memory; use a smaller --batch-size or model, or --device cpu"
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
+        print(f"{script}: error: {message}", file=sys.stderr)
     return status
 
 
