@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from checkpoints import atomic_write
+from atomic_write import atomic_write
 from command_line import UserError, make_parser, run_command
 from drawn_faces import draw_face
 from Generator import SIZES
@@ -196,12 +196,12 @@ def survey(paths, size, crop):
     if paths == DRAWN:
         side = min(size, DRAWN_SIDE)
         found = Found("drawn", [(str(i), None, None) for i in range(DRAWN_COUNT)])
-        return found, side, lambda member, alone: (draw_face(int(member[0]), side), int(member[0]))
+        return found, side, lambda member: (draw_face(int(member[0]), side), int(member[0]))
     # Pillow warns of images that are too large; they are left out by name instead.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     found = list_images(paths)
     side = min(size, native_side(found.members))
-    return found, side, lambda member, alone: read_image(member, side, crop, alone)
+    return found, side, lambda member: read_image(member, side, crop)
 
 
 def cache_folders(paths, cache):

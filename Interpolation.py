@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from checkpoints import atomic_write, load_generator, step_of
+from atomic_write import atomic_write
+from checkpoints import load_generator, step_of
 from command_line import UserError, filled_path, make_parser, run_command
 from device import add_device_flag, pick_device
 from Generator import latent, to_uint8

@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 import torch
 
-from checkpoints import atomic_write, load_generator, read_model_file, step_of
+from atomic_write import atomic_write
+from checkpoints import load_generator, read_model_file, step_of
 from command_line import UserError, filled_path, make_parser, run_command
 
 DRIVE_IDS = {
