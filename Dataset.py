@@ -18,12 +18,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from checkpoints import atomic_write
-from command_line import UserError, make_parser, run_command
+from atomic_write import atomic_write
+from command_line import Parser, UserError, run_command
 from drawn_faces import draw_face
 from Generator import SIZES
 from image_files import (
-    CROPS,
     EXPECTED,
     Found,
     describe_source,
@@ -34,6 +33,7 @@ from image_files import (
     read_partition,
 )
 from packs import is_writable, pack, read_index
+from settings import add_flags
 
 DATA = Path(__file__).resolve().parent / "data"  # where --download puts CelebA
 SPLITS = {"train": 0, "val": 1, "test": 2}  # the numbers in CelebA's list_eval_partition
@@ -41,17 +41,6 @@ PACK_VERSION = 2  # raise it when the bytes written for the same image change
 DRAWN = [Path("drawn")]  # what --data drawn means
 DRAWN_COUNT, DRAWN_SIDE = 4096, 128  # built-in faces, and the largest size in pixels they are stored at
 KAGGLE = "https://www.kaggle.com/datasets/jessicali9530/celeba-dataset"
-
-
-def add_data_flags(parser):
-    """Declare the flags that choose images on an argparse parser or group; open_data takes their values."""
-    parser.add_argument("--data", nargs="+", metavar="PATH", help="zips or folders of images, or 'drawn' for the "
-                        "built-in drawn faces; without it CelebA from data/, else drawn faces")  # fmt: skip
-    parser.add_argument("--split", default="all", choices=["all", *SPLITS], help="part of CelebA's list_eval_partition")
-    parser.add_argument("--crop", default="center", choices=list(CROPS), help="center: cut the central square; squash: "
-                        "resize all of the image to a square, as the report did")  # fmt: skip
-    parser.add_argument("--cache", metavar="DIR", help="folder of the packed images, else they lie beside the data")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that decode images when packing")
 
 
 @dataclass
@@ -263,8 +252,8 @@ def download():
 
 def show(argv=None):
     """Print what would be trained on, and write the report's figure 1, 3x5 random images of it."""
-    parser = make_parser("Show the images that Trainloop.py would train on: how many, how large, and 3x5 as a picture.")
-    add_data_flags(parser)
+    parser = Parser("Show the images that Trainloop.py would train on: how many, how large, and 3x5 as a picture.")
+    add_flags(parser, "data", "split", "crop", "cache", "workers")
     parser.add_argument("--size", type=int, default=128, choices=SIZES, help="side of the images in pixels")
     parser.add_argument("--seed", type=int, default=0, help="chooses the 15 images that are shown")
     parser.add_argument("--out", type=Path, default=Path("dataset.png"), help="the picture to write")

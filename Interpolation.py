@@ -12,10 +12,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from checkpoints import atomic_write, load_generator, step_of
-from command_line import UserError, filled_path, make_parser, run_command
-from device import add_device_flag, pick_device
+from atomic_write import atomic_write
+from checkpoints import load_generator, step_of
+from command_line import Parser, UserError, filled_path, run_command
+from device import pick_device
 from Generator import latent, to_uint8
+from settings import add_flags
 
 SHIPPED = Path(__file__).parent / "bests/generator_128.pt"
 SEEDS = [48, 108, 91, 53]  # four different people of the shipped model, chosen by eye
@@ -256,7 +258,7 @@ def route(generator, seeds, frames, mode="slerp", pace="latent", loop=False, eas
 
 def parse(argv):
     """Return the flags. Raises UserError for a value out of range, a file that cannot be, flags that exclude others."""
-    parser = make_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     model = "a generator, a checkpoint, a folder of them, or latest: the newest run's"
     add("--model", type=filled_path, default=SHIPPED, help=model)
@@ -274,7 +276,7 @@ def parse(argv):
     add("--label", action="store_true", help="write the seeds under the picture")
     add("--fps", type=float, default=25.0, help="frames per second")
     add("--out", type=filled_path, default="morph.gif", help=".gif, .mp4, .webp, or .png: a film strip")
-    add_device_flag(parser)
+    add_flags(parser, "device")
     args = parser.parse_args(argv)
 
     out, ending = args.out, args.out.suffix.lower()

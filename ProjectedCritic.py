@@ -92,12 +92,19 @@ class Head(nn.Module):
         return self.layers(x).flatten(1).float().squeeze(1)  # (N, C, R, R) -> (N, 1, 1, 1) -> (N,)
 
 
+class Heads(nn.ModuleList):
+    """One Head for each of the mixed features; the score is the sum of theirs: list of (N, C, R, R) -> (N,)."""
+
+    def forward(self, features):
+        return sum(head(feature) for head, feature in zip(self, features, strict=True))
+
+
 class ProjectedCritic(nn.Module):
     """(N, 3, size, size) images in [-1, 1] -> (N,) unbounded scores, higher for real ones.
 
     The features of the frozen network at four strides are mixed across channels and then across scales by 1x1
     convolutions that keep their random initial values (Sauer et al. 2021, section 3.2), and each of the four mixes has
-    a small head. The score is the sum of the heads'. Only the heads learn; the frozen network is not in the state dict.
+    a small head. Only the heads learn; the frozen network is not in the state dict.
     """
 
     def __init__(self, size=128):
@@ -115,7 +122,7 @@ class ProjectedCritic(nn.Module):
             nn.init.kaiming_normal_(conv.weight)
             nn.init.zeros_(conv.bias)
             conv.requires_grad_(False)
-        self.heads = nn.ModuleList(Head(width, f.shape[2]) for f, width in pairs)
+        self.heads = Heads(Head(width, f.shape[2]) for f, width in pairs)
 
     def to(self, *args, **kwargs):
         self.frozen[0].to(*args, **kwargs)
@@ -130,9 +137,5 @@ class ProjectedCritic(nn.Module):
             x[i] = x[i] + nn.functional.interpolate(coarse, scale_factor=2, mode="bilinear")
         return x
 
-    def score(self, features):
-        """Return the (N,) scores of what features() returned."""
-        return sum(head(feature) for head, feature in zip(self.heads, features, strict=True))
-
     def forward(self, images):
-        return self.score(self.features(images))
+        return self.heads(self.features(images))

@@ -1,18 +1,8 @@
-"""Model files: the one place that knows how they are written, what is in them, and how to read them."""
+"""Model files: the one place that knows what is in them, where they lie, and how to read them."""
 
-import contextlib
-import os
 import re
-import signal
-import sys
-import threading
-import uuid
+import zipfile
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows, which has no such locks: there nothing is swept
-    fcntl = None
 
 import torch
 from torch import nn
@@ -23,64 +13,6 @@ from Generator import Generator
 FORMAT = 1  # version of the files
 
 
-@contextlib.contextmanager
-def atomic_write(path):
-    """Give a temporary path beside `path`, with its ending, to write a whole file to; then rename it to `path`.
-
-    So `path` is old or new, never torn, also after kill -9, and a good file survives an error, which is raised on.
-    What killed processes left in the folder is removed.
-    """
-    path = Path(path)
-    remove_dead(path.parent)
-    temporary = path.with_name(f".{path.stem}.tmp-{uuid.uuid4().hex}{path.suffix}")
-    try:
-        with ending_on_signals(), open(temporary, "xb") if fcntl else contextlib.nullcontext() as file:
-            is_locked(file)  # until the file is closed, by us or by the end of this process
-            yield temporary
-            with open(temporary, "rb+") as written:
-                os.fsync(written.fileno())
-            os.replace(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or path  # a full disk is told without
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_dead(folder):
-    """Remove the temporaries in a folder whose process has ended, however it did."""
-    for left in folder.glob(".*.tmp-*") if fcntl else ():
-        with contextlib.suppress(OSError):  # another process was faster, or it is not ours to open
-            if re.search(r"\.tmp-[0-9a-f]{32}(\.\w+)?$", left.name) and left.is_file():
-                with open(left, "rb") as file:
-                    if not is_locked(file):
-                        left.unlink()
-
-
-def is_locked(file):
-    """Whether another process holds the lock of an open file; if none does, hold it. Some file systems have none."""
-    try:
-        fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    return False
-
-
-@contextlib.contextmanager
-def ending_on_signals():
-    """Let SIGTERM and SIGHUP raise where they would kill at once, so that what is half written is removed."""
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    is_main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
-    numbers = [number for number in numbers if is_main and signal.getsignal(number) is signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-
-
 def read_model_file(path):
     """Return the dict in a model file, with all tensors on the CPU; run nothing in it.
 
@@ -89,6 +21,7 @@ def read_model_file(path):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such model file")
+    check_zip(path)
     # The report's files are pickles of a class that was called as ours is. A bare module stands in for it.
     classes = [(nn.Module, "Generator.Generator"), nn.Linear, nn.ConvTranspose2d, nn.Conv2d, nn.BatchNorm2d]
     try:
@@ -101,13 +34,32 @@ def read_model_file(path):
     if isinstance(file, nn.Module):
         return convert_report_file(file, path)
     if not isinstance(file, dict) or "generator" not in file or "format" not in file:
-        raise UserError(f"{path} is not a model file of this project: it has no generator")
+        bare = isinstance(file, dict) and file and all(isinstance(value, torch.Tensor) for value in file.values())
+        reason = "bare weights without the settings to build a network from" if bare else "no generator of this project"
+        raise UserError(f"{path} holds {reason}; take a generator_*.pt or checkpoint_*.pt")
     if file["format"] != FORMAT:
         raise UserError(f"{path} has format {file['format']}, this version reads format {FORMAT}")
-    for key, kind in (("step", int), ("settings", dict), ("made_by", dict)):
+    for key, kind in (("step", int), ("settings", dict), ("made_by", dict), ("generator", dict), ("ema", dict)):
         if not isinstance(file.get(key), kind | None):
             raise UserError(f"{path} is damaged: its {key} is not of type {kind.__name__}")
+    state = file["generator"].get("state")
+    if isinstance(state, dict) and state and all(str(key).startswith("module.") for key in state):  # DataParallel's
+        file["generator"]["state"] = {key.removeprefix("module."): tensor for key, tensor in state.items()}
     return file
+
+
+def check_zip(path):
+    """Raise UserError unless the file is a whole zip, as torch.save writes it: torch.load ignores its checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            reason = archive.testzip() and "it is damaged"
+    except Exception:  # zipfile raises many types for a damaged file
+        start = path.open("rb").read(512).lstrip()
+        reason = (
+            "it is empty" if not start else "it is a web page" if start.startswith(b"<") else "it is torn or foreign"
+        )
+    if reason:
+        raise UserError(f"{path} is not a whole model file ({reason}); fetch or copy it again")
 
 
 def weights_of(file):
@@ -162,6 +114,9 @@ def list_models(folder):
         raise UserError(f"{folder}: no model files (*.pt) in it; name a run's folder or model files")
     twins = {file.name.replace("checkpoint_", "generator_", 1) for file in files if file.name.startswith("checkpoint_")}
     return [file for file in files if file.name not in twins]
+
+
+# ---- the report's files ---------------------------------------------------------------------------------------
 
 
 def convert_report_file(module, path):

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-from checkpoints import atomic_write
+from atomic_write import atomic_write
 from command_line import UserError
 from image_files import counts, printable, reason_of
 

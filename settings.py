@@ -1,4 +1,4 @@
-"""The settings of a training: one declaration each for flag, default, help, bounds and what a resumed run may change."""
+"""The settings of a training: each is declared once, with flag, default, help, bounds and what a resume may change."""
 
 import argparse
 import dataclasses
@@ -6,13 +6,16 @@ import math
 import os
 
 from augmentation import POLICIES
-from checkpoints import find_resume, read_model_file, weights_of
-from command_line import UserError, make_parser
+from checkpoints import read_model_file, weights_of
+from command_line import Parser, UserError
 from Critic import BLOCKS as CRITIC_BLOCKS
 from Critic import NORMS
-from Dataset import CROPS, SPLITS
 from Generator import BLOCKS, SIZES, check_parts, check_size
+from run_folder import find_resume
 
+CROPS = ("center", "squash")
+SPLITS = ("train", "val", "test")
+LOSSES = ("wgan-gp", "wgan")
 PRESETS = {
     # What the report's published models were trained with.
     "report": {
@@ -29,14 +32,20 @@ PRESETS = {
 }  # fmt: skip
 
 
-def number(kind, low=None, above=None, below=None):
-    """Return a type for argparse: an int or float within bounds."""
+def checked(kind, low=None, above=None, below=None):
+    """Return a type for argparse: a text that is not empty, or a number within bounds."""
 
     def parse(text):
+        if kind is str:
+            if not text:
+                raise argparse.ArgumentTypeError(
+                    "is empty; leave the flag out, or name something (is a variable not set?)"
+                )
+            return text
         value = kind(text)
         if not (low is None or value >= low) or not (above is None or value > above) or not value < (below or math.inf):
-            bounds = [("at least", low), ("above", above), ("below", below)]
-            bounds = " and ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
+            bounds = {"at least": low, "above": above, "below": below}
+            bounds = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
             raise argparse.ArgumentTypeError(f"{text}: must be {bounds or 'finite'}")
         return value
 
@@ -44,97 +53,87 @@ def number(kind, low=None, above=None, below=None):
     return parse
 
 
-def text(value):
-    """A type for argparse: not empty."""
-    if not value:
-        raise argparse.ArgumentTypeError("is empty; leave the flag out, or name something (is a variable not set?)")
-    return value
-
-
-def setting(
-    default, help, group="training", free=False, saved=True, kind=None, low=None, above=None, below=None, **flag
-):
+def setting(default, help, kind=None, group="training", resume="frozen", low=None, above=None, below=None, **flag):
     """Declare a field of Settings.
 
-    free: a resumed run may change it.  saved: a resumed run goes on with it where it is not told otherwise.
     kind: type of the value, or of each of a list, if the default does not tell it.
+    resume: "frozen", a resumed run cannot change it; "free", it can, else goes on with it; "new", it is told anew.
     low, above, below: bounds of a number.  flag: more arguments of argparse.
     """
-    kind = kind or (str if default is None else type(default))
-    flag["type"] = text if kind is str else number(kind, low, above, below)
-    if kind is bool:
-        flag = {"action": argparse.BooleanOptionalAction}
-    metadata = {"group": group, "free": free, "saved": saved, "flag": flag | {"help": help}}
+    kind = kind or type(default)
+    flag = (
+        {"action": argparse.BooleanOptionalAction}
+        if kind is bool
+        else flag | {"type": checked(kind, low, above, below)}
+    )
+    metadata = {"group": group, "resume": resume, "flag": flag | {"help": help}}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
+# fmt: off
 @dataclasses.dataclass
 class Settings:
-    preset: str | None = setting(None, "report: the report's recipe; quick: five minutes on a laptop's CPU; a flag beside "
-        "it wins", "start", True, False, choices=list(PRESETS))  # fmt: skip
-    resume: str | None = setting(None, "go on from a checkpoint or run folder; latest: the newest in --out or, without it, "
-        "in runs/; auto: the same where there is one, else start", "start", True, False, metavar="PATH|latest|auto")  # fmt: skip
-    grow_from: str | None = setting(None, "checkpoint of half the --size, whose networks are taken over and grown by one "
-        "block each", "start", metavar="PATH")  # fmt: skip
-    start_from: str | None = setting(None, "adapt a model to other images: a new run from step 0 whose networks start as "
-        "those of this file", "start", metavar="PATH")  # fmt: skip
-    data: list | None = setting(None, "zips or folders of images, or 'drawn' for the built-in drawn faces; without it "
-        "CelebA from data/, else drawn faces", "images", True, kind=str, nargs="+", metavar="PATH")  # fmt: skip
-    split: str = setting("all", "part of CelebA's list_eval_partition", "images", choices=["all", *SPLITS])
-    crop: str = setting("center", "center: cut the central square; squash: resize all of the image to a square, as the "
-        "report did", "images", choices=list(CROPS))  # fmt: skip
-    cache: str | None = setting(None, "folder of the packed images, else they lie beside the data", "images", True,
-                                metavar="DIR")  # fmt: skip
-    workers: int = setting(os.cpu_count() or 1, "threads that decode images when packing", "images", True, False, low=1)
-    flip: bool = setting(True, "mirror half of the images", "images")
-    augment: list = setting([], f"change what a critic sees, real and generated alike: some of {', '.join(POLICIES)}; "
-        "for small data", "images", kind=str, nargs="*", choices=POLICIES)  # fmt: skip
-    size: int = setting(128, "side of the images in pixels", "networks", choices=SIZES)
-    nz: int = setting(100, "length of the latent vector", "networks", low=1, below=4097)
-    ngf: int = setting(64, "width of the generator: its channels at 64x64", "networks", low=1, below=4097)
-    ndf: int = setting(64, "width of the critic: its channels at 64x64", "networks", low=1, below=4097)
-    blocks_g: str = setting("plain", "the generator's blocks. plain: the report's transposed convolutions; residual: "
-        "two resized convolutions; modulated: the same, steered by the latent", "networks", choices=list(BLOCKS))  # fmt: skip
-    blocks_d: str = setting("plain", "the critic's blocks", "networks", choices=list(CRITIC_BLOCKS))
-    stem_norm: bool = setting(True, "BatchNorm and ReLU after the generator's linear layer", "networks")
-    norm: str = setting("layer", "normalisation in the critic; batch only with --loss wgan", "networks", choices=NORMS)
-    attention: int = setting(
-        0, "resolution of a self-attention layer in both networks; 0: none", "networks", metavar="R"
-    )
-    critic: str = setting("pixel", "projected: heads on the features of a frozen pretrained network (needs timm); both: "
-        "that beside the pixel critic", "networks", True, choices=["pixel", "projected", "both"])  # fmt: skip
-    projected_share: float = setting(0.5, "share of the projected critic in the generator's gradient with --critic both",
-                                     free=True, low=0, below=1.001)  # fmt: skip
-    steps: int = setting(100_000, "total number of steps, those before a resume included", free=True, low=1)
+    preset: str = setting(None, "report: the report's recipe; quick: five minutes on a laptop's CPU; flags beside it win",
+        str, "start", "new", choices=list(PRESETS))
+    resume: str = setting(None, "go on from a checkpoint or run folder; latest: the newest in --out or, without it, "
+        "in runs/; auto: the same where there is one, else start", str, "start", "new", metavar="PATH|latest|auto")
+    grow_from: str = setting(None, "checkpoint of half the --size: take its networks over, and grow each by a block",
+        str, "start", metavar="PATH")
+    start_from: str = setting(None, "model to adapt to other images: a new run from step 0 with its networks", str,
+        "start", metavar="PATH")
+    data: list = setting(None, "zips or folders of images, or 'drawn' for the built-in drawn faces; without it CelebA "
+        "from data/, else drawn faces", str, "images", "free", nargs="+", metavar="PATH")
+    split: str = setting("all", "part of CelebA's list_eval_partition", str, "images", choices=["all", *SPLITS])
+    crop: str = setting("center", "center: cut the central square; squash: resize the whole image to one, as the "
+        "report did", str, "images", choices=CROPS)
+    cache: str = setting(None, "folder of the packed images, else they lie beside the data", str, "images", "free",
+        metavar="DIR")
+    workers: int = setting(os.cpu_count() or 1, "threads that decode images when packing", int, "images", "new", low=1)
+    flip: bool = setting(True, "mirror half of the images", bool, "images")
+    augment: list = setting([], "change all that a critic sees, real or not; some of " + ", ".join(POLICIES), str,
+        "images", nargs="*", choices=POLICIES, metavar="POLICY")
+    size: int = setting(128, "side of the images in pixels", int, "networks", choices=SIZES)
+    nz: int = setting(100, "length of the latent vector", int, "networks", low=1, below=5000)
+    ngf: int = setting(64, "width of the generator: its channels at 64x64", int, "networks", low=1, below=2000)
+    ndf: int = setting(64, "width of the critic: its channels at 64x64", int, "networks", low=1, below=2000)
+    blocks_g: str = setting("plain", "the generator's. plain: transposed convolutions, the report's; residual: two "
+        "resized ones; modulated: the same, steered by the latent", str, "networks", choices=list(BLOCKS))
+    blocks_d: str = setting("plain", "the critic's", str, "networks", choices=list(CRITIC_BLOCKS))
+    stem_norm: bool = setting(True, "BatchNorm and ReLU after the generator's linear layer", bool, "networks")
+    norm: str = setting("layer", "the critic's normalisation; batch only with --loss wgan", str, "networks",
+        choices=NORMS)
+    attention: int = setting(0, "resolution of a self-attention layer in both networks; 0: none", int, "networks",
+        metavar="R")
+    critic: str = setting("pixel", "projected: it sees features of a frozen, pretrained network (needs timm); both: "
+        "that and the pixel critic", str, "networks", "free", choices=["pixel", "projected", "both"])
+    projected_share: float = setting(0.5, "the projected critic's part of the generator's gradient with --critic both",
+        resume="free", low=0, below=1.001)
+    steps: int = setting(100_000, "total number of steps, those before a resume included", resume="free", low=1)
     batch_size: int = setting(32, "images in a batch, that of all processes together", low=1)
     n_critic: int = setting(1, "critic updates in a step", low=1)
-    reuse_fakes: bool = setting(
-        True, "let the generator learn on the images of the last critic update, not on new ones"
-    )
-    loss: str = setting("wgan-gp", "Wasserstein loss with a gradient penalty, or with clipped weights",
-                        choices=["wgan-gp", "wgan"])  # fmt: skip
+    reuse_fakes: bool = setting(True, "the generator learns on the images of the last critic update, not on new ones")
+    loss: str = setting("wgan-gp", "Wasserstein loss with a gradient penalty, or with clipped weights", choices=LOSSES)
     gp_weight: float = setting(10.0, "factor of the gradient penalty", low=0)
     clip_value: float = setting(0.01, "bound of the critic's weights with --loss wgan", above=0)
     optimizer: str = setting("adam", "for both networks", choices=["adam", "rmsprop"])
-    betas: list = setting([0.0, 0.9], "Adam's decay rates", kind=float, nargs=2, low=0, below=1)
+    betas: list = setting([0.0, 0.9], "Adam's decay rates", float, nargs=2, low=0, below=1)
     lr_g: float = setting(2e-4, "learning rate of the generator", above=0)
     lr_d: float = setting(4e-4, "learning rate of the critic", above=0)
     ema: float = setting(0.999, "decay of the moving average of the generator's weights; 0: none", low=0, below=1)
     fade_steps: int = setting(2000, "steps over which the blocks of --grow-from are faded in", low=0)
     precision: str = setting("auto", "auto: bf16 where the device is faster in it", choices=["auto", "fp32", "bf16"])
     seed: int = setting(0, "chooses initial weights, order of the images, latents and flips", low=0, below=2**32)
-    out: str | None = setting(None, "the run's folder (default: runs/ and the next number)", "run", True, False,
-                              metavar="DIR")  # fmt: skip
-    device: str = setting("auto", "auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:N or mps", "run", True, False)
-    checkpoint_every: int = setting(
-        6000, "steps between checkpoints; each also keeps the generator", "run", True, low=1
-    )
-    keep: int = setting(2, "full checkpoints kept; generators are all kept", "run", True, low=1)
-    log_every: int = setting(50, "steps between scalars", "run", True, low=1)
-    sample_every: int = setting(1000, "steps between sample grids", "run", True, low=1)
-    dry_run: bool = setting(False, "print parameters, memory, disk and expected hours, and stop", "run", True, False)
+    out: str = setting(None, "the run's folder, else runs/ and the next number", str, "run", "new", metavar="DIR")
+    device: str = setting("auto", "auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:N or mps", str, "run", "new")
+    checkpoint_every: int = setting(6000, "steps between checkpoints; each keeps the generator", int, "run", "free",
+        low=1)
+    keep: int = setting(2, "full checkpoints kept; generators are all kept", int, "run", "free", low=1)
+    log_every: int = setting(50, "steps between scalars", int, "run", "free", low=1)
+    sample_every: int = setting(1000, "steps between sample grids", int, "run", "free", low=1)
+    dry_run: bool = setting(False, "print parameters, memory, disk and expected hours, and stop", bool, "run", "new")
+# fmt: on
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
@@ -156,7 +155,7 @@ def add_flags(parser, *names):
 
 def parse(argv):
     """Return {name: value} of the settings that the flags in `argv` give. Raises UserError for one that cannot be."""
-    parser = make_parser("Train a Wasserstein GAN on faces. A step is one update of the generator.")
+    parser = Parser("Train a Wasserstein GAN on faces. A step is one update of the generator.")
     groups = {}
     for name, field in FIELDS.items():
         group = field.metadata["group"]
@@ -164,7 +163,7 @@ def parse(argv):
     for old, new in RENAMED.items():
         options = FIELDS[new].metadata["flag"] | {"help": argparse.SUPPRESS}
         if new == "loss":
-            options |= {"choices": [*OLD_LOSSES, *OLD_LOSSES.values()]}
+            options |= {"choices": [*OLD_LOSSES, *LOSSES]}
         parser.add_argument(flag(old), default=argparse.SUPPRESS, **options)
     silent = object()  # argparse leaves alone what a namespace already has, so what is no longer silent was given
     parsed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(FIELDS, silent))))
@@ -184,10 +183,13 @@ def renamed(settings):
     return {name: value for name, value in settings.items() if name in FIELDS}
 
 
-def check_saved(settings, path):
-    """Return the settings in a checkpoint, having passed the same checks as flags. Raises UserError, naming `path`."""
+def saved_settings(file, path):
+    """Return {name: value} of the settings in a checkpoint, once they passed the checks of flags; raises UserError.
+
+    A file from before a setting came was trained with what is its default now, but for reuse_fakes.
+    """
     argv = []
-    for name, value in renamed(settings).items():
+    for name, value in renamed({"reuse_fakes": False} | (file.get("settings") or {})).items():
         if isinstance(value, bool):
             argv.append(flag(name) if value else f"--no-{flag(name)[2:]}")
         elif value is not None:
@@ -198,21 +200,20 @@ def check_saved(settings, path):
         raise UserError(f"{path} holds settings that no run can have: {error}") from error
 
 
-def read_settings(argv=None):
+def read_settings(argv, check):
     """Return (Settings, checkpoint or None, its path or None): defaults < preset < checkpoint < given flags.
 
     Raises UserError for settings that are impossible or contradict the checkpoint.
     """
     given = parse(argv)
     asked = PRESETS.get(given.get("preset"), {}) | given
-    path, checkpoint = find_resume(given.get("resume"), given.get("out"))
+    path, checkpoint = find_resume(given.get("resume"), given.get("out"), check)
     saved = {}
     if checkpoint:
-        # A file from before a setting came was trained with what is its default now, but for reuse_fakes.
-        saved = vars(Settings()) | {"reuse_fakes": False} | check_saved(checkpoint["settings"], path)
-        saved = {name: value for name, value in saved.items() if FIELDS[name].metadata["saved"]}
+        saved = vars(Settings()) | saved_settings(checkpoint, path)
+        saved = {name: value for name, value in saved.items() if FIELDS[name].metadata["resume"] != "new"}
         for name, value in asked.items():
-            frozen = not FIELDS[name].metadata["free"] and (name, value) != ("precision", "auto")
+            frozen = FIELDS[name].metadata["resume"] == "frozen" and (name, value) != ("precision", "auto")
             if frozen and saved[name] != value:
                 raise UserError(
                     f"{flag(name)} {value}: the run in {path} was trained with {flag(name)} {saved[name]}; "
@@ -220,7 +221,7 @@ def read_settings(argv=None):
                 )
     elif "grow_from" in asked or "start_from" in asked:
         asked |= settings_of_file(asked, "grow_from" if "grow_from" in asked else "start_from")
-    free = {name: value for name, value in given.items() if FIELDS[name].metadata["free"]}
+    free = {name: value for name, value in given.items() if FIELDS[name].metadata["resume"] != "frozen"}
     settings = Settings(**(asked | saved | free))
     settings.out = given.get("out") or (str(path.parent) if path else None)
     check_together(settings)
@@ -228,7 +229,7 @@ def read_settings(argv=None):
 
 
 def settings_of_file(given, source):
-    """Return the settings that the file of --grow-from or --start-from decides: its architecture, grown to twice its size.
+    """Return the settings that the file of --grow-from or --start-from decides: its architecture, grown or as it is.
 
     Raises UserError where a given flag contradicts them, or the file cannot be grown.
     """
