@@ -75,7 +75,7 @@ def setting(default, help, kind=None, group="training", resume="frozen", low=Non
 # fmt: off
 @dataclasses.dataclass
 class Settings:
-    preset: str = setting(None, "report: the report's recipe; quick: five minutes on a laptop's CPU; flags beside it win",
+    preset: str = setting(None, "report: the report's recipe; quick: five minutes on a laptop's CPU; flags win over it",
         str, "start", "new", choices=list(PRESETS))
     resume: str = setting(None, "go on from a checkpoint or run folder; latest: the newest in --out or, without it, "
         "in runs/; auto: the same where there is one, else start", str, "start", "new", metavar="PATH|latest|auto")
