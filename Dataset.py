@@ -110,8 +110,8 @@ def send(tensor, device):
 def open_data(data, size=128, crop="center", split="all", cache=None, workers=None, quiet=False):
     """Return the PackedImages that the values of the data flags name, and pack them where that was not done yet.
 
-    data: zips, read in place, and folders, searched recursively; ["drawn"]; or None for CelebA from data/, else drawn
-    faces.  size: pixels.  crop: a key of CROPS.  split: "all" or a key of SPLITS.
+    data: a list of zips, read in place, and folders, searched recursively; ["drawn"]; or None for CelebA from data/,
+    else drawn faces.  size: pixels.  crop: a key of CROPS.  split: "all" or a key of SPLITS.
     cache: folder of the packs; by default that of the data, or the user's cache folder where it is read-only.
     workers: threads that decode.  quiet: print nothing.
 
@@ -272,8 +272,8 @@ def show(argv=None):
     args = parser.parse_args(argv)
     if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or args.out.is_dir():
         raise UserError(f"--out {args.out}: not the name of a picture; take one that ends in .png, .jpg or .webp")
-    if not args.out.absolute().parent.is_dir():
-        raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
+    if not args.out.absolute().parent.is_dir() or not is_writable(args.out.absolute().parent):
+        raise UserError(f"--out {args.out}: there is no folder {args.out.parent} that can be written to")
     from torchvision.utils import save_image  # here, so that a training does without it
 
     if args.download:
