@@ -99,8 +99,8 @@ def send(tensor, device):
 def open_data(data, size=128, crop="center", split="all", cache=None, workers=None, quiet=False):
     """Return the PackedImages that the values of the data flags name, and pack them where that was not done yet.
 
-    data: zips, read in place, and folders, searched recursively; ["drawn"]; or None for CelebA from data/, else drawn
-    faces.  size: pixels.  crop: a key of CROPS.  split: "all" or a key of SPLITS.
+    data: a list of zips, read in place, and folders, searched recursively; ["drawn"]; or None for CelebA from data/,
+    else drawn faces.  size: pixels.  crop: a key of CROPS.  split: "all" or a key of SPLITS.
     cache: folder of the packs; by default that of the data, or the user's cache folder where it is read-only.
     workers: threads that decode.  quiet: print nothing.
 
@@ -185,12 +185,12 @@ def survey(paths, size, crop):
     if paths == DRAWN:
         side = min(size, DRAWN_SIDE)
         found = Found("drawn", [(str(i), None, None) for i in range(DRAWN_COUNT)])
-        return found, side, lambda member: (draw_face(int(member[0]), side), int(member[0]))
+        return found, side, lambda member, alone: (draw_face(int(member[0]), side), int(member[0]))
     # Pillow warns of images that are too large; they are left out by name instead.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     found = list_images(paths)
     side = min(size, native_side(found.members))
-    return found, side, lambda member: read_image(member, side, crop)
+    return found, side, lambda member, alone: read_image(member, side, crop, alone)
 
 
 def cache_folders(paths, cache):
@@ -261,8 +261,8 @@ def show(argv=None):
     args = parser.parse_args(argv)
     if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or args.out.is_dir():
         raise UserError(f"--out {args.out}: not the name of a picture; take one that ends in .png, .jpg or .webp")
-    if not args.out.absolute().parent.is_dir():
-        raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
+    if not args.out.absolute().parent.is_dir() or not is_writable(args.out.absolute().parent):
+        raise UserError(f"--out {args.out}: there is no folder {args.out.parent} that can be written to")
     from torchvision.utils import save_image  # here, so that a training does without it
 
     if args.download:

@@ -6,7 +6,6 @@ A member is one of them: (name, folder, os.stat_result) or (name, ZipFile, ZipIn
 import contextlib
 import os
 import re
-import threading
 import zipfile
 import zlib
 from collections import Counter
@@ -22,12 +21,15 @@ from command_line import UserError
 # All pictures that Pillow reads by itself: not those it starts another program for, nor films and measurements.
 OTHERS = ("BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
 KINDS = {suffix: kind for suffix, kind in Image.registered_extensions().items() if kind not in OTHERS}
-FORMATS = sorted(set(KINDS.values()) & set(Image.OPEN))
+FORMATS = sorted(
+    set(KINDS.values()) & set(Image.OPEN), key=lambda kind: (kind not in ("JPEG", "PNG"), kind)
+)  # tried in turn
 SUFFIXES = tuple(suffix for suffix, kind in KINDS.items() if kind in (*FORMATS, "MPO"))  # MPO: JPEGs of phones
 PARTITION_LISTS = ("list_eval_partition.txt", "list_eval_partition.csv")
 CROPS = {"center": Image.Resampling.BICUBIC, "squash": Image.Resampling.BILINEAR}
 SMALLEST_SIDE = 32  # pixels; anything smaller is an icon, not a face
 MOST_BYTES, MOST_LIST_BYTES = 2**29, 2**26  # of an image's file, of a partition list
+LARGE_BYTES, LARGE_PIXELS = 2**25, 12_500_000  # a photograph of 12 megapixels is not large yet
 ZIP_METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA,
                getattr(zipfile, "ZIP_ZSTANDARD", zipfile.ZIP_STORED)}  # fmt: skip
 EXPECTED = (
@@ -61,15 +63,16 @@ def list_images(paths):
     for path in paths:
         (list_folder if path.is_dir() else list_zip)(path, found)
     if not found.members:
+        among = f" among {counts(found)}" if found.others else ""
         zips = " (it holds zips: name them instead; unpack one that holds zips itself)" if found.others[".zip"] else ""
-        raise UserError(f"--data {found.place}: no images found among {counts(found)}{zips}; {EXPECTED}")
+        raise UserError(f"--data {found.place}: no images found{among}{zips}; {EXPECTED}")
     found.members.sort(key=lambda member: member[0])
     return found
 
 
 def counts(found):
     """Return how many other files there are, as text by ending: '12 .heic, 1 .txt'."""
-    return ", ".join(f"{count:,} {ending}" for ending, count in found.others.most_common(8)) or "no files"
+    return ", ".join(f"{count:,} {ending}" for ending, count in found.others.most_common(8))
 
 
 def sort_in(name, found):
@@ -133,9 +136,13 @@ def open_zip(path):
         ) from None
 
 
+def size_of(name, source, info):
+    return info.st_size if isinstance(source, Path) else info.file_size
+
+
 def open_member(name, source, info, most=MOST_BYTES):
     """Return (file open for reading, its size in bytes) of a member. Raises ValueError for what cannot be read."""
-    size = info.st_size if isinstance(source, Path) else info.file_size
+    size = size_of(name, source, info)
     if size > most:
         raise ValueError(f"{size / 1e6:,.0f} MB, more than {most / 1e6:,.0f} MB")
     if isinstance(source, Path):
@@ -201,59 +208,44 @@ def parse_partition(data):
 # ---- pixels ---------------------------------------------------------------------------------------------------
 
 
-class Budget:
-    """An amount that threads share: who asks for more than is left waits, who asks for more than all, to be alone."""
-
-    def __init__(self, total):
-        self.total, self.held, self.changed = total, 0, threading.Condition()
-
-    @contextlib.contextmanager
-    def hold(self, amount):
-        with self.changed:
-            self.changed.wait_for(lambda: not self.held or self.held + amount <= self.total)
-            self.held += amount
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.held -= amount
-                self.changed.notify_all()
+class Large(Exception):
+    """An image that is to be decoded while no other large one is, for the sake of memory."""
 
 
-BYTES, PIXELS = Budget(MOST_BYTES), Budget(2**25)  # in flight, of files and of decoded images
-
-
-def read_image(member, size, crop):
+def read_image(member, size, crop, alone=True):
     """Return (pixels (size, size, 3) uint8, checksum of the file) of a member. Raises as decode does."""
-    with BYTES.hold(member[2].st_size if isinstance(member[1], Path) else member[2].file_size):
-        data = read_member(*member)
-        return decode(data, size, crop), zlib.crc32(data)
+    if not alone and size_of(*member) > LARGE_BYTES:
+        raise Large
+    data = read_member(*member)
+    return decode(data, size, crop, alone), zlib.crc32(data)
 
 
-def decode(data, size, crop):
+def decode(data, size, crop, alone=True):
     """Return the encoded image `data` as a (size, size, 3) uint8 array: upright, opaque, cropped, resized.
 
-    Pillow's filters widen with the reduction, which is antialiasing. Raises for anything that is not a usable image.
+    Pillow's filters widen with the reduction, which is antialiasing. Raises Large unless `alone` where it is that, else
+    any exception for what is not a usable image.
     """
     image = Image.open(BytesIO(data), formats=FORMATS)  # of an animation, the first frame
     if min(image.size) < SMALLEST_SIDE:
         raise ValueError(f"only {image.width}x{image.height} pixels")
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels are too many")
+    if image.width * image.height > LARGE_PIXELS and not alone:
+        raise Large
     if image.format == "TIFF" and image.mode.startswith("I") and image.tag_v2.get(258) != (16,):
         raise ValueError(f"{image.tag_v2.get(258)} bits a pixel")
-    with PIXELS.hold(image.width * image.height):
-        image = ImageOps.exif_transpose(image)
-        if crop == "center":
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            image = image.crop((left, top, left + side, top + side))  # resize's own box would sample across its border
-        if image.mode.startswith(("I", "F")):
-            image = with_8_bits(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.asarray(image.convert("RGB").resize((size, size), CROPS[crop]))
+    ImageOps.exif_transpose(image, in_place=True)
+    if crop == "center" and image.width != image.height:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))  # resize's own box would sample across its border
+    if image.mode.startswith(("I", "F")):
+        image = with_8_bits(image)
+    if image.has_transparency_data:
+        image = image if image.mode == "RGBA" else image.convert("RGBA")  # of a large image no copy is to spare
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("RGB").resize((size, size), CROPS[crop]))
 
 
 def with_8_bits(image):

@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -91,7 +92,10 @@ def test_pack_is_reused_and_rebuilt_when_a_file_changes(folder, capsys):
     changed = folder / "img_align_celeba" / "000000.jpg"
     changed.write_bytes(jpeg((250, 250, 250)))
     third = open_data([folder], size=32)
-    assert "Packing" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert (
+        "Packing" in out and f"Older packs there take 0.00 GB; delete what no run needs: {first.cache_file.stem}" in out
+    )
     assert third.batch([0]).mean() > 0.9 and third.fingerprint != first.fingerprint
     assert first.cache_file.exists()  # a user's file is the user's to delete
     (folder / "img_align_celeba" / "000025.jpg").write_bytes(jpeg((1, 2, 3)))
@@ -182,6 +186,16 @@ def test_full_disk_is_foreseen(folder, monkeypatch):
     with pytest.raises(UserError, match="0.0 GB are free.*--cache DIR"):
         open_data([folder], size=32)
     assert not list(folder.parent.glob("*.u8"))
+
+
+def test_a_disk_that_fills_up_meanwhile_is_named(folder, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device: '.*celeba-32px-center-.*u8'"):
+        open_data([folder], size=32)
+    assert [path.name for path in folder.parent.iterdir()] == ["celeba"]
 
 
 def test_nothing_larger_than_the_original_is_stored(folder):

@@ -3,21 +3,21 @@
 import io
 import os
 import sys
-import time
+import threading
 import tracemalloc
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from test_dataset import jpeg, make_zip
 
+import image_files
 from command_line import UserError
 from Dataset import open_data
-from image_files import Budget, decode
+from image_files import decode
 
 
 def encoded(image, kind="PNG", **options):
@@ -195,17 +195,15 @@ def test_what_is_too_large_is_left_out_without_being_read(good, tmp_path):
     assert names == ["hole.jpg", "wide.png"]
 
 
-def test_pixels_in_flight_are_bounded():
-    budget, together = Budget(10), []
-
-    def work(amount):
-        with budget.hold(amount):
-            together.append(budget.held)
-            time.sleep(0.001)
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(work, [4, 4, 30, 4, 10, 1, 30, 7] * 5))
-    assert set(together) <= {*range(11), 30} and budget.held == 0
+@pytest.mark.parametrize("limit", ["LARGE_PIXELS", "LARGE_BYTES"])
+def test_large_images_are_decoded_one_at_a_time_by_one_thread(good, tmp_path, monkeypatch, limit):
+    expected, threads, transpose = open_data([good], 32), set(), ImageOps.exif_transpose
+    monkeypatch.setattr(image_files, limit, 100)
+    monkeypatch.setattr(
+        ImageOps, "exif_transpose", lambda *a, **b: threads.add(threading.current_thread()) or transpose(*a, **b)
+    )
+    dataset = open_data([good], 32, cache=tmp_path / "again")
+    assert threads == {threading.main_thread()} and np.array_equal(dataset.images, expected.images)
 
 
 def spoil(path, offsets, value):
