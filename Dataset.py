@@ -19,11 +19,10 @@ import torch
 from PIL import Image
 
 from atomic_write import atomic_write
-from command_line import UserError, make_parser, run_command
+from command_line import Parser, UserError, run_command
 from drawn_faces import draw_face
 from Generator import SIZES
 from image_files import (
-    CROPS,
     EXPECTED,
     Found,
     describe_source,
@@ -34,6 +33,7 @@ from image_files import (
     read_partition,
 )
 from packs import is_writable, pack, read_index
+from settings import add_flags
 
 DATA = Path(__file__).resolve().parent / "data"  # where --download puts CelebA
 SPLITS = {"train": 0, "val": 1, "test": 2}  # the numbers in CelebA's list_eval_partition
@@ -41,17 +41,6 @@ PACK_VERSION = 2  # raise it when the bytes written for the same image change
 DRAWN = [Path("drawn")]  # what --data drawn means
 DRAWN_COUNT, DRAWN_SIDE = 4096, 128  # built-in faces, and the largest size in pixels they are stored at
 KAGGLE = "https://www.kaggle.com/datasets/jessicali9530/celeba-dataset"
-
-
-def add_data_flags(parser):
-    """Declare the flags that choose images on an argparse parser or group; open_data takes their values."""
-    parser.add_argument("--data", nargs="+", metavar="PATH", help="zips or folders of images, or 'drawn' for the "
-                        "built-in drawn faces; without it CelebA from data/, else drawn faces")  # fmt: skip
-    parser.add_argument("--split", default="all", choices=["all", *SPLITS], help="part of CelebA's list_eval_partition")
-    parser.add_argument("--crop", default="center", choices=list(CROPS), help="center: cut the central square; squash: "
-                        "resize all of the image to a square, as the report did")  # fmt: skip
-    parser.add_argument("--cache", metavar="DIR", help="folder of the packed images, else they lie beside the data")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that decode images when packing")
 
 
 @dataclass
@@ -110,8 +99,8 @@ def send(tensor, device):
 def open_data(data, size=128, crop="center", split="all", cache=None, workers=None, quiet=False):
     """Return the PackedImages that the values of the data flags name, and pack them where that was not done yet.
 
-    data: zips, read in place, and folders, searched recursively; ["drawn"]; or None for CelebA from data/, else drawn
-    faces.  size: pixels.  crop: a key of CROPS.  split: "all" or a key of SPLITS.
+    data: a list of zips, read in place, and folders, searched recursively; ["drawn"]; or None for CelebA from data/,
+    else drawn faces.  size: pixels.  crop: a key of CROPS.  split: "all" or a key of SPLITS.
     cache: folder of the packs; by default that of the data, or the user's cache folder where it is read-only.
     workers: threads that decode.  quiet: print nothing.
 
@@ -196,12 +185,12 @@ def survey(paths, size, crop):
     if paths == DRAWN:
         side = min(size, DRAWN_SIDE)
         found = Found("drawn", [(str(i), None, None) for i in range(DRAWN_COUNT)])
-        return found, side, lambda member: (draw_face(int(member[0]), side), int(member[0]))
+        return found, side, lambda member, alone: (draw_face(int(member[0]), side), int(member[0]))
     # Pillow warns of images that are too large; they are left out by name instead.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     found = list_images(paths)
     side = min(size, native_side(found.members))
-    return found, side, lambda member: read_image(member, side, crop)
+    return found, side, lambda member, alone: read_image(member, side, crop, alone)
 
 
 def cache_folders(paths, cache):
@@ -263,8 +252,8 @@ def download():
 
 def show(argv=None):
     """Print what would be trained on, and write the report's figure 1, 3x5 random images of it."""
-    parser = make_parser("Show the images that Trainloop.py would train on: how many, how large, and 3x5 as a picture.")
-    add_data_flags(parser)
+    parser = Parser("Show the images that Trainloop.py would train on: how many, how large, and 3x5 as a picture.")
+    add_flags(parser, "data", "split", "crop", "cache", "workers")
     parser.add_argument("--size", type=int, default=128, choices=SIZES, help="side of the images in pixels")
     parser.add_argument("--seed", type=int, default=0, help="chooses the 15 images that are shown")
     parser.add_argument("--out", type=Path, default=Path("dataset.png"), help="the picture to write")
@@ -272,8 +261,8 @@ def show(argv=None):
     args = parser.parse_args(argv)
     if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or args.out.is_dir():
         raise UserError(f"--out {args.out}: not the name of a picture; take one that ends in .png, .jpg or .webp")
-    if not args.out.absolute().parent.is_dir():
-        raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
+    if not args.out.absolute().parent.is_dir() or not is_writable(args.out.absolute().parent):
+        raise UserError(f"--out {args.out}: there is no folder {args.out.parent} that can be written to")
     from torchvision.utils import save_image  # here, so that a training does without it
 
     if args.download:

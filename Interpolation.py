@@ -1,5 +1,7 @@
 """From seeds to a film: a path through the latent space along which one face flows into the next."""
 
+import contextlib
+import errno
 import io
 import random
 import sys
@@ -14,9 +16,10 @@ from tqdm import tqdm
 
 from atomic_write import atomic_write
 from checkpoints import load_generator, step_of
-from command_line import UserError, filled_path, make_parser, run_command
-from device import add_device_flag, pick_device
+from command_line import Parser, UserError, filled_path, run_command
+from device import pick_device
 from Generator import latent, to_uint8
+from settings import add_flags
 
 SHIPPED = Path(__file__).parent / "bests/generator_128.pt"
 SEEDS = [48, 108, 91, 53]  # four different people of the shipped model, chosen by eye
@@ -144,9 +147,8 @@ def film(generator, z, captions=None, scale=1, axis=1):
 
 def write_gif(file, frames, fps, sample):
     """Write an endless GIF of any length in constant memory, with one palette made from the frames in `sample`."""
-    # Pillow's own films keep all frames in memory and merge equal ones. So each frame is saved as a picture, and the
-    # file is the first with what follows the header of the others. No dithering: error diffusion flickers, an ordered
-    # pattern is coarser than the steps between 256 colours.
+    # Pillow's own films keep all frames in memory and merge equal ones. So each is saved as a picture, and joined.
+    # No dithering: error diffusion flickers, an ordered pattern is coarser than the steps between 256 colours.
     with open(file, "wb") as gif:
         # Some 4096 pixels of each frame are enough to choose 256 colours from; the stride is odd to cross all columns.
         pixels = np.concatenate([frame.reshape(-1, 3)[:: len(frame[0]) * len(frame) // 4096 | 1] for frame in sample])
@@ -166,11 +168,16 @@ def write_mp4(file, frames, fps, sample):
     """Write H.264 in the colour format and with the index in front that browsers need, in constant memory."""
     import imageio.v2 as imageio
 
-    options = {"codec": "libx264", "quality": 8, "pixelformat": "yuv420p", "macro_block_size": 2}
-    with imageio.get_writer(file, "FFMPEG", fps=fps, output_params=["-movflags", "+faststart"], **options) as video:
-        for frame in frames:
+    options = {"codec": "libx264", "quality": 8, "pixelformat": "yuv420p", "macro_block_size": 2, "fps": fps}
+    options |= {"output_params": ["-movflags", "+faststart"], "ffmpeg_log_level": "fatal"}
+    with contextlib.suppress(OSError), imageio.get_writer(file, "FFMPEG", **options) as video:
+        for count, frame in enumerate(frames, 1):  # noqa: B007
             height, width, _ = frame.shape  # both have to be even, and ffmpeg would blur the picture to make them so
             video.append_data(np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), "edge"))
+    with contextlib.suppress(OSError, RuntimeError), imageio.get_reader(file, "FFMPEG") as video:
+        if video.count_frames() == count:  # on a full disk ffmpeg fails without a word
+            return
+    raise OSError(errno.EIO, "ffmpeg could not write all frames; is there room?")
 
 
 def write_webp(file, frames, fps, sample):
@@ -225,10 +232,7 @@ def load_model(name, device="cpu"):
 
 
 def pick_seeds(seeds, columns=1, loop=False):
-    """Return the seeds of each morph: `columns` lists of the same length, in the order given.
-
-    Raises UserError where they make no morph: fewer than two, uneven columns, one that follows itself.
-    """
+    """Return the seeds of each morph, `columns` lists as long. Raises UserError where a morph could not move."""
     length, rest = divmod(len(seeds), columns)
     if length < 2 or rest:
         raise UserError(f"--seeds: {len(seeds)} do not make --columns {columns}; each takes as many, 2 seeds or more")
@@ -250,17 +254,15 @@ def route(generator, seeds, frames, mode="slerp", pace="latent", loop=False, eas
     if pace == "perceptual":
         positions, before, after = perceptual_pace(lambda p: step_sizes(generator, path(z, p, mode)), positions)
         print(f"largest / median step: {before:.2f} at latent pace, {after:.2f} at perceptual pace")
-    if loop:
-        positions = positions[:-1]
+    positions = positions[:-1] if loop else positions
     return path(z, positions, mode), positions
 
 
 def parse(argv):
     """Return the flags. Raises UserError for a value out of range, a file that cannot be, flags that exclude others."""
-    parser = make_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
-    model = "a generator, a checkpoint, a folder of them, or latest: the newest run's"
-    add("--model", type=filled_path, default=SHIPPED, help=model)
+    add("--model", type=filled_path, default=SHIPPED, help="a file, a folder of them, or latest: the newest run's")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--seeds", type=int, nargs="+", metavar="SEED", default=SEEDS, help="the faces, two or more")
     which.add_argument("--random", type=int, metavar="N", help="take N random seeds; they are printed")
@@ -275,9 +277,8 @@ def parse(argv):
     add("--label", action="store_true", help="write the seeds under the picture")
     add("--fps", type=float, default=25.0, help="frames per second")
     add("--out", type=filled_path, default="morph.gif", help=".gif, .mp4, .webp, or .png: a film strip")
-    add_device_flag(parser)
+    add_flags(parser, "device")
     args = parser.parse_args(argv)
-
     out, ending = args.out, args.out.suffix.lower()
     if out.is_dir() or ending not in WRITERS:
         raise UserError(f"--out {out}: name a file that ends in {', '.join(WRITERS)}")

@@ -159,7 +159,7 @@ def train_step(state, settings, dataset, device):
     generator = state.ddp.get("generator", state.generator)
 
     def generate(z, numbers):
-        """Return images (B, 3, S, S) three times: with the generator's graph, with none, and as the critics see the latter."""
+        """Return (B, 3, S, S) images with the generator's graph, without, and these as the critics see them."""
         with autocast(settings, device):
             fake = generator(z)  # (B, 3, S, S)
         images = fake.detach().requires_grad_()
@@ -284,8 +284,8 @@ def dry_run(state, settings, device):
     else:
         print(f"memory       {(full + weights) / 1e9:.2f} GB for weights, gradients and optimizers, beside the batch's")
     print(f"disk         {packed / 1e9:.2f} GB for {images:,} packed images, {(settings.keep + 1) * full / 1e9:.2f} GB "
-          f"for the last {settings.keep} checkpoints (+1 while writing), {kept * 4 * count['generator'] / 1e9:.2f} GB for "
-          f"{kept} generators")  # fmt: skip
+          f"for the last {settings.keep} checkpoints (+1 while writing), {kept * 4 * count['generator'] / 1e9:.2f} GB "
+          f"for {kept} generators")  # fmt: skip
     print(f"expected     {per_step * steps / 3600:.1f} hours for {steps:,} steps at {1 / per_step:.2f} "
           f"steps/s, {settings.n_critic * settings.batch_size / per_step:.0f} images/s on {device}")  # fmt: skip
 
@@ -376,8 +376,8 @@ def train(settings, checkpoint, checkpoint_path):
             writer = stack.enter_context(SummaryWriter(out, purge_step=state.step + 1, flush_secs=10))
             writer.add_text("settings", settings_table(settings), state.step)
         print(
-            f"Training {settings.size} px on {len(dataset):,} images ({dataset.name}), {settings.precision} on {device} "
-            f"into {out}\nWatch it with: tensorboard --logdir {out.parent}"
+            f"Training {settings.size} px on {len(dataset):,} images ({dataset.name}), {settings.precision} on "
+            f"{device}, into {out}\nWatch it with: tensorboard --logdir {out.parent}"
         )
         signals = stack.enter_context(noting_signals())
         bar = stack.enter_context(tqdm(total=settings.steps, initial=state.step, unit="step", dynamic_ncols=True,

@@ -33,7 +33,8 @@ def atomic_write(path):
                 os.fsync(written.fileno())
             os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or path  # a full disk is told without
+        if error.errno and not error.filename:  # a full disk is told without
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)

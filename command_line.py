@@ -26,9 +26,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def make_parser(description):
-    """Return an argparse parser whose errors are one line, for it has no usage line, and whose help tells defaults."""
-    return argparse.ArgumentParser(usage=argparse.SUPPRESS, description=description, formatter_class=HelpFormatter)
+class Parser(argparse.ArgumentParser):
+    """Raises a UserError for flags that are wrong, and its help tells defaults."""
+
+    def __init__(self, description):
+        super().__init__(usage=argparse.SUPPRESS, description=description, formatter_class=HelpFormatter)
+
+    def error(self, message):
+        raise UserError(message.removeprefix("argument "))
 
 
 def filled_path(text):

@@ -14,7 +14,7 @@ import torch
 
 from atomic_write import atomic_write
 from checkpoints import load_generator, read_model_file, step_of
-from command_line import UserError, filled_path, make_parser, run_command
+from command_line import Parser, UserError, filled_path, run_command
 
 DRIVE_IDS = {
     "generator_model_batch_12000.pt": "1MbFbA4S_UecZPw4BhoaOc1H83QwluuZf",
@@ -109,7 +109,7 @@ def download(name, url, folder, sha256=None):
 
 def fetch_models(argv):
     """Fetch or list what the command line asks for. What it cannot ask for is refused before anything is fetched."""
-    parser = make_parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("names", nargs="*", help="published models by name or step; all five without")
     parser.add_argument("--list", action="store_true", help="show name, step, size and what is there; fetch nothing")
     parser.add_argument("--from", dest="mirror", metavar="URL", help="folder of a mirror, or one model file (.pt)")

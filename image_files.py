@@ -63,15 +63,16 @@ def list_images(paths):
     for path in paths:
         (list_folder if path.is_dir() else list_zip)(path, found)
     if not found.members:
+        among = f" among {counts(found)}" if found.others else ""
         zips = " (it holds zips: name them instead; unpack one that holds zips itself)" if found.others[".zip"] else ""
-        raise UserError(f"--data {found.place}: no images found among {counts(found)}{zips}; {EXPECTED}")
+        raise UserError(f"--data {found.place}: no images found{among}{zips}; {EXPECTED}")
     found.members.sort(key=lambda member: member[0])
     return found
 
 
 def counts(found):
     """Return how many other files there are, as text by ending: '12 .heic, 1 .txt'."""
-    return ", ".join(f"{count:,} {ending}" for ending, count in found.others.most_common(8)) or "no files"
+    return ", ".join(f"{count:,} {ending}" for ending, count in found.others.most_common(8))
 
 
 def sort_in(name, found):

@@ -7,7 +7,7 @@ import os
 
 from augmentation import POLICIES
 from checkpoints import read_model_file, weights_of
-from command_line import UserError, make_parser
+from command_line import Parser, UserError
 from Critic import BLOCKS as CRITIC_BLOCKS
 from Critic import NORMS
 from Generator import BLOCKS, SIZES, check_parts, check_size
@@ -75,38 +75,39 @@ def setting(default, help, kind=None, group="training", resume="frozen", low=Non
 # fmt: off
 @dataclasses.dataclass
 class Settings:
-    preset: str = setting(None, "report: the report's recipe; quick: five minutes on a laptop's CPU; a flag beside it wins",
+    preset: str = setting(None, "report: the report's recipe; quick: five minutes on a laptop's CPU; flags win over it",
         str, "start", "new", choices=list(PRESETS))
-    resume: str = setting(None, "go on from a checkpoint or run folder; latest: the newest in --out or, without it, in "
-        "runs/; auto: the same where there is one, else start", str, "start", "new", metavar="PATH|latest|auto")
-    grow_from: str = setting(None, "checkpoint of half the --size: take its networks over and grow them by a block each",
+    resume: str = setting(None, "go on from a checkpoint or run folder; latest: the newest in --out or, without it, "
+        "in runs/; auto: the same where there is one, else start", str, "start", "new", metavar="PATH|latest|auto")
+    grow_from: str = setting(None, "checkpoint of half the --size: take its networks over, and grow each by a block",
         str, "start", metavar="PATH")
-    start_from: str = setting(None, "model to adapt to other images: a new run from step 0 with its networks", str, "start",
-        metavar="PATH")
-    data: list = setting(None, "zips or folders of images, or 'drawn' for the built-in drawn faces; without it CelebA from "
-        "data/, else drawn faces", str, "images", "free", nargs="+", metavar="PATH")
+    start_from: str = setting(None, "model to adapt to other images: a new run from step 0 with its networks", str,
+        "start", metavar="PATH")
+    data: list = setting(None, "zips or folders of images, or 'drawn' for the built-in drawn faces; without it CelebA "
+        "from data/, else drawn faces", str, "images", "free", nargs="+", metavar="PATH")
     split: str = setting("all", "part of CelebA's list_eval_partition", str, "images", choices=["all", *SPLITS])
-    crop: str = setting("center", "center: cut the central square; squash: resize the whole image to one, as the report did",
-        str, "images", choices=CROPS)
+    crop: str = setting("center", "center: cut the central square; squash: resize the whole image to one, as the "
+        "report did", str, "images", choices=CROPS)
     cache: str = setting(None, "folder of the packed images, else they lie beside the data", str, "images", "free",
         metavar="DIR")
     workers: int = setting(os.cpu_count() or 1, "threads that decode images when packing", int, "images", "new", low=1)
     flip: bool = setting(True, "mirror half of the images", bool, "images")
-    augment: list = setting([], "change all that a critic sees, real or not; some of " + ", ".join(POLICIES), str, "images",
-        nargs="*", choices=POLICIES, metavar="POLICY")
+    augment: list = setting([], "change all that a critic sees, real or not; some of " + ", ".join(POLICIES), str,
+        "images", nargs="*", choices=POLICIES, metavar="POLICY")
     size: int = setting(128, "side of the images in pixels", int, "networks", choices=SIZES)
     nz: int = setting(100, "length of the latent vector", int, "networks", low=1, below=5000)
     ngf: int = setting(64, "width of the generator: its channels at 64x64", int, "networks", low=1, below=2000)
     ndf: int = setting(64, "width of the critic: its channels at 64x64", int, "networks", low=1, below=2000)
-    blocks_g: str = setting("plain", "the generator's. plain: transposed convolutions, the report's; residual: two resized "
-        "ones; modulated: the same, steered by the latent", str, "networks", choices=list(BLOCKS))
+    blocks_g: str = setting("plain", "the generator's. plain: transposed convolutions, the report's; residual: two "
+        "resized ones; modulated: the same, steered by the latent", str, "networks", choices=list(BLOCKS))
     blocks_d: str = setting("plain", "the critic's", str, "networks", choices=list(CRITIC_BLOCKS))
     stem_norm: bool = setting(True, "BatchNorm and ReLU after the generator's linear layer", bool, "networks")
-    norm: str = setting("layer", "the critic's normalisation; batch only with --loss wgan", str, "networks", choices=NORMS)
+    norm: str = setting("layer", "the critic's normalisation; batch only with --loss wgan", str, "networks",
+        choices=NORMS)
     attention: int = setting(0, "resolution of a self-attention layer in both networks; 0: none", int, "networks",
         metavar="R")
-    critic: str = setting("pixel", "projected: it sees features of a frozen, pretrained network (needs timm); both: that "
-        "and the pixel critic", str, "networks", "free", choices=["pixel", "projected", "both"])
+    critic: str = setting("pixel", "projected: it sees features of a frozen, pretrained network (needs timm); both: "
+        "that and the pixel critic", str, "networks", "free", choices=["pixel", "projected", "both"])
     projected_share: float = setting(0.5, "the projected critic's part of the generator's gradient with --critic both",
         resume="free", low=0, below=1.001)
     steps: int = setting(100_000, "total number of steps, those before a resume included", resume="free", low=1)
@@ -126,7 +127,8 @@ class Settings:
     seed: int = setting(0, "chooses initial weights, order of the images, latents and flips", low=0, below=2**32)
     out: str = setting(None, "the run's folder, else runs/ and the next number", str, "run", "new", metavar="DIR")
     device: str = setting("auto", "auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:N or mps", str, "run", "new")
-    checkpoint_every: int = setting(6000, "steps between checkpoints; each keeps the generator", int, "run", "free", low=1)
+    checkpoint_every: int = setting(6000, "steps between checkpoints; each keeps the generator", int, "run", "free",
+        low=1)
     keep: int = setting(2, "full checkpoints kept; generators are all kept", int, "run", "free", low=1)
     log_every: int = setting(50, "steps between scalars", int, "run", "free", low=1)
     sample_every: int = setting(1000, "steps between sample grids", int, "run", "free", low=1)
@@ -153,7 +155,7 @@ def add_flags(parser, *names):
 
 def parse(argv):
     """Return {name: value} of the settings that the flags in `argv` give. Raises UserError for one that cannot be."""
-    parser = make_parser("Train a Wasserstein GAN on faces. A step is one update of the generator.")
+    parser = Parser("Train a Wasserstein GAN on faces. A step is one update of the generator.")
     groups = {}
     for name, field in FIELDS.items():
         group = field.metadata["group"]
@@ -227,7 +229,7 @@ def read_settings(argv, check):
 
 
 def settings_of_file(given, source):
-    """Return the settings that the file of --grow-from or --start-from decides: its architecture, twice its size if grown.
+    """Return the settings that the file of --grow-from or --start-from decides: its architecture, grown or as it is.
 
     Raises UserError where a given flag contradicts them, or the file cannot be grown.
     """

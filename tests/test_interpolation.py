@@ -1,3 +1,4 @@
+import sys
 import weakref
 from pathlib import Path
 
@@ -299,3 +300,20 @@ def test_diverged_model_leaves_the_old_film_alone(tmp_path, monkeypatch, capsys,
     assert "diverged" in capsys.readouterr().err
     assert (tmp_path / f"film.{ending}").read_bytes() == b"precious"
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"film.{ending}", "model.pt"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no limits of file sizes")
+@pytest.mark.parametrize("ending", ["gif", "mp4", "webp", "png"])
+def test_full_disk_leaves_the_old_film_and_names_it(tmp_path, capsys, ending):
+    import resource
+
+    (tmp_path / f"film.{ending}").write_bytes(b"precious")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, old[1]))
+    try:
+        assert run(ip.SHIPPED, tmp_path / f"film.{ending}", "--frames", 5) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"film.{ending}" in error
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(f"film.{ending}", b"precious")]
