@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from atomic_write import atomic_write
 from command_line import UserError
-from image_files import counts, printable, reason_of
+from image_files import Large, counts, printable, reason_of
 
 MOST_BROKEN = 0.05  # share of unreadable images above which the data itself is wrong
 
@@ -52,7 +52,8 @@ def seal(index):
 def pack(file, found, side, load, workers=None, quiet=False):
     """Write all images Found into `file`, (N, side, side, 3) uint8, and its index; return the index.
 
-    load: called with a member, returns ((side, side, 3) uint8, checksum) or raises where it cannot be used.
+    load: called with a member and whether this may be a large one, returns ((side, side, 3) uint8, checksum) or
+    raises where it cannot be used.
     Raises UserError where the disk is too small or too many images cannot be used.
     """
     members, folder = found.members, file.parent
@@ -66,10 +67,12 @@ def pack(file, found, side, load, workers=None, quiet=False):
             "choose another disk with --cache DIR or a smaller --size"
         )
 
-    def try_to_load(member):
-        """Return (pixels, checksum), or (None, which image cannot be used and why)."""
+    def try_to_load(member, alone=False):
+        """Return (pixels, checksum), or (None, which image cannot be used and why), or (None, None) if it is Large."""
         try:
-            return load(member)
+            return load(member, alone)
+        except Large:
+            return None, None
         except MemoryError:
             raise
         except Exception as error:  # Pillow and zipfile raise many types; each of them means one unusable image
@@ -86,12 +89,14 @@ def pack(file, found, side, load, workers=None, quiet=False):
             ending.callback(pool.shutdown, cancel_futures=True)  # an error or a signal does not wait for the others
             for start in range(0, len(members), 256):  # in parts: memory stays flat however many images there are
                 part = members[start : start + 256]
-                for (name, _, _), (pixels, note) in zip(part, pool.map(try_to_load, part), strict=True):
+                for member, (pixels, note) in zip(part, pool.map(try_to_load, part), strict=True):
+                    if note is None:
+                        pixels, note = try_to_load(member, alone=True)  # always in this thread, as each keeps memory
                     if pixels is None:
                         skipped.append(note)
                     else:
                         output.write(pixels)
-                        images.append((name, note))
+                        images.append((member[0], note))
                 bar.update(len(part))
         if not quiet:
             tell_what_is_missing(file, found, skipped)
