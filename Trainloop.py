@@ -182,7 +182,7 @@ def describe_run(dataset, file):
     """Return what a model file says about its making: the commands of all runs that led to it, a line each, without
     folders, the versions and the data. file: of the model that the run goes on from, or an empty dict.
     """
-    words = [re.sub(r"(^|=).*[/\\](?=.)", r"\1", word) for word in sys.argv]
+    words = [re.sub(r"(^|=)[^=]*[/\\](?=.)", r"\1", word) for word in sys.argv]
     command = shlex.join(["python", *words])
     before = (file.get("made_by") or {}).get("command", "")
     return {

@@ -136,5 +136,7 @@ def locked(out, is_new):
         if is_new and list_checkpoints(out):
             raise UserError(f"--out {out}: another process has trained there meanwhile; go on with --resume {out}")
         owner.write_text(f"process {os.getpid()} on {platform.node()}")
-        yield
-        owner.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            owner.unlink(missing_ok=True)

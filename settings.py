@@ -198,7 +198,10 @@ def saved_settings(saved, path):
             raise UserError(f"{path} is damaged: its {flag(name)} is {value}")
         if problem := next(filter(None, (fault(name, part) for part in parts)), None):
             raise UserError(f"{path} is damaged: its {flag(name)} {problem}")
-    check_together(Settings(**kept))
+    try:
+        check_together(Settings(**kept))
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
     return kept
 
 
