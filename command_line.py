@@ -29,7 +29,7 @@ def make_parser(description):
 
 
 def filled_path(text):
-    """The argparse type of a flag that takes a path; an empty one would mean the current folder, and is refused."""
+    """The argparse type of a flag that takes a path: refuses an empty one, which would mean the folder we are in."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty; is a shell variable not set?")
     return Path(text)
