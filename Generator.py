@@ -56,6 +56,45 @@ class ResidualUp(nn.Module):
         return (y + upsample(self.shortcut(x))).relu_()
 
 
+class ModulatedNorm(nn.Module):
+    """BatchNorm whose scale and shift come from the latent vector: (N, C, H, W), (N, nz) -> (N, C, H, W).
+
+    Self-modulation (Chen et al. 2019, equation 2) with a linear layer, which starts near the identity.
+    """
+
+    def __init__(self, channels, nz):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.affine = nn.Linear(nz, 2 * channels)
+        nn.init.normal_(self.affine.weight, std=0.02)
+        nn.init.zeros_(self.affine.bias)
+
+    def forward(self, x, z):
+        scale, shift = self.affine(z)[:, :, None, None].to(x.dtype).chunk(2, dim=1)  # (N, C, 1, 1) each
+        return torch.addcmul(shift, self.norm(x), 1 + scale)
+
+
+class ModulatedUp(nn.Module):
+    """Double the resolution, the latent vector in hand: (N, c_in, R/2, R/2), (N, nz) -> (N, c_out, R, R).
+
+    A residual block like ResidualUp, but with its first convolution before the resolution doubles, at a quarter of
+    the cost, and with ModulatedNorm.
+    """
+
+    def __init__(self, c_in, c_out, nz):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, kernel_size=3, padding=1, bias=False)
+        self.norm1 = ModulatedNorm(c_out, nz)
+        self.conv2 = nn.Conv2d(c_out, c_out, kernel_size=3, padding=1, bias=False)
+        self.norm2 = ModulatedNorm(c_out, nz)
+        self.shortcut = nn.Conv2d(c_in, c_out, kernel_size=1)
+
+    def forward(self, x, z):
+        y = self.norm1(self.conv1(x), z).relu_()  # (N, c_out, R/2, R/2)
+        y = self.norm2(self.conv2(upsample(y)), z)  # (N, c_out, R, R)
+        return (y + upsample(self.shortcut(x))).relu_()
+
+
 class Attention(nn.Module):
     """Self-attention of SAGAN (Zhang et al. 2019, section 3): (N, C, H, W) -> (N, C, H, W).
 
@@ -87,7 +126,7 @@ def upsample(x):
     return nn.functional.interpolate(x, scale_factor=2, mode="nearest")
 
 
-BLOCKS = {"plain": Up, "residual": ResidualUp}
+BLOCKS = {"plain": Up, "residual": ResidualUp, "modulated": ModulatedUp}
 
 
 class Generator(nn.Module):
@@ -101,7 +140,7 @@ class Generator(nn.Module):
     nz: length of the latent vector.  ngf: channels at 64x64.  nc: colour channels.  size: pixels, one of SIZES.
     stem_norm: BatchNorm and ReLU after the linear layer. The report's slides have both, its published
     code had neither.
-    blocks: "plain", the report's transposed convolutions, or "residual".
+    blocks: "plain", the report's transposed convolutions, "residual", or "modulated", which sees z at every resolution.
     attention: the resolution at which self-attention follows the block, 0 for none.
     grown: the network was grown from one of half its size, whose to_rgb it keeps. The buffer `fade` blends the
     two (Karras et al. 2018, figure 2): 0 gives the smaller network's image with each pixel doubled, 1 its own.
@@ -117,14 +156,15 @@ class Generator(nn.Module):
         check_parts(size, blocks, attention, grown)
         if nz < 1:
             raise UserError(f"--nz {nz}: the latent vector needs at least one number")
-        self.nz, self.size = nz, size
+        self.nz, self.size, self.modulated = nz, size, blocks == "modulated"
 
         self.linear = nn.Linear(nz, STEM_WIDTH * 4 * 4)
         self.stem_norm = nn.BatchNorm2d(STEM_WIDTH) if stem_norm else None
         self.up = nn.ModuleDict()
         width = {4: STEM_WIDTH} | {r: ngf * 64 // r for r in (8, 16, *SIZES) if r <= size}  # resolution -> channels
         for resolution in list(width)[1:]:
-            self.up[str(resolution)] = BLOCKS[blocks](width[resolution // 2], width[resolution])
+            channels = width[resolution // 2], width[resolution]
+            self.up[str(resolution)] = ModulatedUp(*channels, nz) if self.modulated else BLOCKS[blocks](*channels)
         self.attention = nn.ModuleDict({str(attention): Attention(width[attention])} if attention else {})
         rgb_sizes = [size // 2, size] if grown else [size]
         self.to_rgb = nn.ModuleDict({str(r): nn.Conv2d(width[r], nc, kernel_size=3, padding=1) for r in rgb_sizes})
@@ -136,7 +176,7 @@ class Generator(nn.Module):
         if self.stem_norm is not None:
             x = self.stem_norm(x).relu_()
         for resolution, block in self.up.items():
-            before, x = x, block(x)  # (N, c, R/2, R/2) -> (N, ngf*64/R, R, R)
+            before, x = x, block(x, z) if self.modulated else block(x)  # (N, c, R/2, R/2) -> (N, ngf*64/R, R, R)
             if resolution in self.attention:
                 x = self.attention[resolution](x)
         # Blend and Tanh in fp32, also under autocast: near -1 and 1 bf16 has no room for 256 grey levels.

@@ -27,9 +27,10 @@ from torch.utils.flop_counter import flop_registry
 
 from command_line import is_out_of_memory
 from Critic import Critic, critic_loss, generator_loss, gradient_penalty
-from Dataset import CelebADataset, batch_indices, draw_face, is_writable, to_range
-from device import add_device_flag, pick_device, prepare, resolve_precision
+from Dataset import batch_indices, draw_face, is_writable, open_data
+from device import pick_device, prepare, resolve_precision
 from Generator import SIZES, Generator, check_size
+from settings import add_flags
 
 # Trainloop is imported where it is needed: what it may set up in a process must not reach the plain way's.
 
@@ -116,13 +117,11 @@ def our_way(settings, folder, device):
 
     prepare(device)
     state = Trainloop.build_state(settings, device)
-    dataset = CelebADataset(folder / "faces", settings.size, settings.crop, cache=folder, quiet=True)
-    if device.type == "cuda":
-        dataset.to(device)  # as Trainloop.train does with any set that fits
+    dataset = open_data([folder / "faces"], settings.size, settings.crop, cache=folder, quiet=True)
 
     def load():
         indices = batch_indices(len(dataset), settings.seed, 0, settings.batch_size)
-        return to_range(dataset.pixels(indices).to(device, non_blocking=True), settings.size)
+        return dataset.batch(indices, device)
 
     return lambda: Trainloop.train_step(state, settings, dataset, device)[0], load
 
@@ -377,7 +376,7 @@ def parse(argv):
     add("--rounds", type=int, default=5, help="pairs of blocks, one of each way")
     add("--seconds", type=float, default=3.0, help="length of a block")
     add("--json", type=Path, metavar="FILE", help="also write the numbers there%(default).0s")
-    add_device_flag(parser)
+    add_flags(parser, "device")
     return parser.parse_args(argv)
 
 

@@ -1,9 +1,7 @@
-"""Model files: the one place that knows how they are written, what is in them, and how to read them."""
+"""Model files: the one place that knows what is in them, where they lie, and how to read them."""
 
-import contextlib
-import os
 import re
-import uuid
+import zipfile
 from pathlib import Path
 
 import torch
@@ -15,23 +13,6 @@ from Generator import Generator
 FORMAT = 1  # version of the files
 
 
-@contextlib.contextmanager
-def atomic_write(path):
-    """Give a temporary path beside `path`, with its ending, to write a whole file to; then rename it to `path`.
-
-    So `path` is old or new, never torn, also after kill -9, and a good file survives an error, which is raised on.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.tmp-{uuid.uuid4().hex}{path.suffix}")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def read_model_file(path):
     """Return the dict in a model file, with all tensors on the CPU; run nothing in it.
 
@@ -40,6 +21,7 @@ def read_model_file(path):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such model file")
+    check_zip(path)
     # The report's files are pickles of a class that was called as ours is. A bare module stands in for it.
     classes = [(nn.Module, "Generator.Generator"), nn.Linear, nn.ConvTranspose2d, nn.Conv2d, nn.BatchNorm2d]
     try:
@@ -52,13 +34,32 @@ def read_model_file(path):
     if isinstance(file, nn.Module):
         return convert_report_file(file, path)
     if not isinstance(file, dict) or "generator" not in file or "format" not in file:
-        raise UserError(f"{path} is not a model file of this project: it has no generator")
+        bare = isinstance(file, dict) and file and all(isinstance(value, torch.Tensor) for value in file.values())
+        reason = "bare weights without the settings to build a network from" if bare else "no generator of this project"
+        raise UserError(f"{path} holds {reason}; take a generator_*.pt or checkpoint_*.pt")
     if file["format"] != FORMAT:
         raise UserError(f"{path} has format {file['format']}, this version reads format {FORMAT}")
-    for key, kind in (("step", int), ("settings", dict), ("made_by", dict)):
+    for key, kind in (("step", int), ("settings", dict), ("made_by", dict), ("generator", dict), ("ema", dict)):
         if not isinstance(file.get(key), kind | None):
             raise UserError(f"{path} is damaged: its {key} is not of type {kind.__name__}")
+    state = file["generator"].get("state")
+    if isinstance(state, dict) and state and all(str(key).startswith("module.") for key in state):  # DataParallel's
+        file["generator"]["state"] = {key.removeprefix("module."): tensor for key, tensor in state.items()}
     return file
+
+
+def check_zip(path):
+    """Raise UserError unless the file is a whole zip, as torch.save writes it: torch.load ignores its checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            reason = archive.testzip() and "it is damaged"
+    except Exception:  # zipfile raises many types for a damaged file
+        start = path.open("rb").read(512).lstrip()
+        reason = (
+            "it is empty" if not start else "it is a web page" if start.startswith(b"<") else "it is torn or foreign"
+        )
+    if reason:
+        raise UserError(f"{path} is not a whole model file ({reason}); fetch or copy it again")
 
 
 def weights_of(file):
@@ -114,6 +115,9 @@ def list_models(folder):
         raise UserError(f"{folder}: no model files (*.pt) in it; name a run's folder or model files")
     twins = {file.name.replace("checkpoint_", "generator_", 1) for file in files if file.name.startswith("checkpoint_")}
     return [file for file in files if file.name not in twins]
+
+
+# ---- the report's files ---------------------------------------------------------------------------------------
 
 
 def convert_report_file(module, path):

@@ -1,6 +1,9 @@
 """What all commands share: one way to declare flags, to refuse bad input, and to end."""
 
 import argparse
+import contextlib
+import io
+import os
 import re
 import signal
 import sys
@@ -23,9 +26,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def make_parser(description):
-    """Return an argparse parser whose errors are one line, for it has no usage line, and whose help tells defaults."""
-    return argparse.ArgumentParser(usage=argparse.SUPPRESS, description=description, formatter_class=HelpFormatter)
+class Parser(argparse.ArgumentParser):
+    """Raises a UserError for flags that are wrong, and its help tells defaults."""
+
+    def __init__(self, description):
+        super().__init__(usage=argparse.SUPPRESS, description=description, formatter_class=HelpFormatter)
+
+    def error(self, message):
+        raise UserError(message.removeprefix("argument "))
 
 
 def filled_path(text):
@@ -35,6 +43,23 @@ def filled_path(text):
     return Path(text)
 
 
+class Output:
+    """A text stream that drops what nobody can read any more (| head -1, a closed terminal), so no print ends a job."""
+
+    def __init__(self, stream):
+        self.stream = stream or io.StringIO()  # None where the shell closed it
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:  # what the buffer holds goes there too, or Python would try again when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def run_command(command, argv=None):
     """Call command(argv) and return the exit status of the script: 0, or what `command` returns.
 
@@ -42,19 +67,20 @@ def run_command(command, argv=None):
     with status 130.
     """
     script = re.sub(r".*[/\\]", "", sys.modules[command.__module__].__file__)
-    try:
-        return command(argv) or 0
-    except UserError as error:
-        status, message = 2, str(error)
-    except OSError as error:
-        status, message = 1, str(error)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        status, message = 1, "out of memory; use a smaller --batch-size or model, or --device cpu"
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    print(f"{script}: error: {message}", file=sys.stderr)
+    with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)):
+        try:
+            return command(argv) or 0
+        except UserError as error:
+            status, message = 2, str(error)
+        except OSError as error:
+            status, message = 1, str(error)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            status, message = 1, "out of memory; use a smaller --batch-size or model, or --device cpu"
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
+        print(f"{script}: error: {message}", file=sys.stderr)
     return status
 
 

@@ -9,11 +9,6 @@ import torch
 from command_line import UserError
 
 
-def add_device_flag(parser):
-    """Declare --device on an argparse parser or group; pick_device takes its value."""
-    parser.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:N or mps")
-
-
 def pick_device(name):
     """Return the torch.device that the value of --device names.
 

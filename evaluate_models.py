@@ -16,11 +16,12 @@ import torch
 
 import metrics
 from checkpoints import generator_only, list_models, load_generator, read_model_file
-from command_line import UserError, filled_path, make_parser, run_command
-from Dataset import SPLITS, add_data_flags, epoch_order, open_data
-from device import add_device_flag, pick_device, prepare
+from command_line import Parser, UserError, filled_path, run_command
+from Dataset import SPLITS, epoch_order, open_data
+from device import pick_device, prepare
 from Interpolation import SEEDS, faces
 from pictures import draw_evolution, evenly, plot_curves, seed_faces, write
+from settings import add_flags
 
 FEWEST = 2048  # images below which a distance says more about their number than about the model
 COUNTED = 1000  # images on which faces are counted, at most: the detector is the slowest part
@@ -251,12 +252,12 @@ def model_card(file, name, digest, note):
 
 
 def parse(argv=None):
-    parser = make_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("models", nargs="+", type=filled_path, help="folders of runs, and model files")
     add("--out", type=filled_path, default="evaluation", metavar="DIR", help="folder for pictures and tables")
     add("--checkpoints", type=int, default=12, help="of a run at most so many, evenly spread; 0: all")
-    add_device_flag(parser)
+    add_flags(parser, "device")
     add = parser.add_argument_group("pictures").add_argument
     add("--seeds", type=int, nargs="+", default=SEEDS, help="the faces that are followed")
     add("--movie", choices=["gif", "mp4"], default="gif", help="format in which the faces emerge")
@@ -264,7 +265,7 @@ def parse(argv=None):
     add("--tag", default="loss/critic", help="scalar of the runs that is plotted")
     add("--figures-only", action="store_true", help="measure nothing")
     group = parser.add_argument_group("table")
-    add_data_flags(group)
+    add_flags(group, "data", "split", "crop", "cache", "workers")
     add = group.add_argument
     add("-n", "--samples", type=int, default=10_000, help="images of each model, and at most of the data")
     add("--floor-split", choices=[*SPLITS], help="where the real images of the first row come from, else from --split")

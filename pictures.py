@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from checkpoints import atomic_write
+from atomic_write import atomic_write
 from Generator import latent, to_uint8
 from Interpolation import faces, write_film
 

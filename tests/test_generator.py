@@ -54,7 +54,8 @@ def test_weights_of_a_smaller_model_fit_into_a_larger_one_by_name():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"blocks": "residual"}, {"attention": 16}, {"blocks": "residual", "grown": True}]
+    "arguments",
+    [{"blocks": "residual"}, {"blocks": "modulated"}, {"attention": 16}, {"blocks": "residual", "grown": True}],
 )
 def test_other_blocks_keep_shape_and_range(arguments):
     generator = Generator(nz=10, ngf=16, size=64, **arguments)
@@ -82,7 +83,7 @@ def test_attention_weighs_the_values_by_the_softmax_of_query_times_key():
     torch.testing.assert_close(layer(x), x + 0.5 * layer.out(values).expand_as(x))
 
 
-@pytest.mark.parametrize("parts", [{}, {"blocks": "residual"}, {"attention": 32}])
+@pytest.mark.parametrize("parts", [{}, {"blocks": "residual"}, {"blocks": "modulated"}, {"attention": 32}])
 def test_a_grown_generator_starts_as_the_enlarged_smaller_one_and_ends_as_itself(parts):
     small, large = Generator(ngf=16, size=64, **parts), Generator(ngf=16, size=128, grown=True, **parts)
     missing, unexpected = large.load_state_dict(small.state_dict(), strict=False)

@@ -56,9 +56,9 @@ class Noise:
     def __len__(self):
         return 10
 
-    def pixels(self, indices):
+    def batch(self, indices, device):
         everything = torch.randint(0, 256, (10, 3, 32, 32), generator=torch.Generator().manual_seed(0))
-        return everything[torch.as_tensor(indices)].to(torch.uint8)
+        return everything[torch.as_tensor(indices)].float() / 127.5 - 1
 
 
 def settings_of(*args):
@@ -182,8 +182,8 @@ def test_a_step_is_n_critic_updates_and_one_of_the_generator():
         def __len__(self):
             return 10
 
-        def pixels(self, indices):
-            return torch.full((len(indices), 3, 32, 32), 99, dtype=torch.uint8)
+        def batch(self, indices, device):
+            return torch.full((len(indices), 3, 32, 32), 99 / 127.5 - 1)
 
     train_step(state, settings, Grey(), torch.device("cpu"))
     train_step(state, settings, Grey(), torch.device("cpu"))

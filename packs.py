@@ -1,0 +1,128 @@
+"""A pack: all images of a data set, decoded and resized to one size, as raw bytes in a file with an index beside it."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
+from tqdm import tqdm
+
+from atomic_write import atomic_write
+from command_line import UserError
+from image_files import counts, printable, reason_of
+
+MOST_BROKEN = 0.05  # share of unreadable images above which the data itself is wrong
+
+
+def is_writable(folder):
+    """Make a folder where it is missing, and return whether files can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.stat().st_mode & 0o222:  # marked read-only: root could write all the same, but should not
+            return False
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def read_index(file):
+    """Return the index of the pack `file`, or None unless both are there and whole.
+
+    It is a dict: side, in pixels; images, a list of [name, checksum] in the order of the pack; skipped, a list of
+    strings, images that could not be used.
+    """
+    try:
+        index = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+        whole = index.pop("seal") == seal(index)
+        whole = whole and file.stat().st_size == len(index["images"]) * index["side"] ** 2 * 3
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # whatever the file holds
+        return None
+    return index if whole else None
+
+
+def seal(index):
+    """Return a hash of all that an index says: what another hand has written is no index."""
+    return hashlib.sha256(json.dumps(index).encode()).hexdigest()
+
+
+def pack(file, found, side, load, workers=None, quiet=False):
+    """Write all images Found into `file`, (N, side, side, 3) uint8, and its index; return the index.
+
+    load: called with a member, returns ((side, side, 3) uint8, checksum) or raises where it cannot be used.
+    Raises UserError where the disk is too small or too many images cannot be used.
+    """
+    members, folder = found.members, file.parent
+    need, free = len(members) * side * side * 3, shutil.disk_usage(folder).free
+    if not quiet:
+        print(f"Packing {len(members):,} images at {side} px once into {printable(str(folder))} ({need / 1e9:.2f} GB) "
+              "...", flush=True)  # fmt: skip
+    if need > free:
+        raise UserError(
+            f"--cache {folder}: packing needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+            "choose another disk with --cache DIR or a smaller --size"
+        )
+
+    def try_to_load(member):
+        """Return (pixels, checksum), or (None, which image cannot be used and why)."""
+        try:
+            return load(member)
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow and zipfile raise many types; each of them means one unusable image
+            return None, f"{printable(member[0])} ({reason_of(error)})"
+
+    images, skipped = [], []
+    with atomic_write(file) as temporary:
+        with (
+            open(temporary, "wb") as output,
+            contextlib.ExitStack() as ending,
+            tqdm(total=len(members), unit=" images", disable=True if quiet else None, leave=False) as bar,
+        ):
+            pool = ThreadPoolExecutor(workers or os.cpu_count())
+            ending.callback(pool.shutdown, cancel_futures=True)  # an error or a signal does not wait for the others
+            for start in range(0, len(members), 256):  # in parts: memory stays flat however many images there are
+                part = members[start : start + 256]
+                for (name, _, _), (pixels, note) in zip(part, pool.map(try_to_load, part), strict=True):
+                    if pixels is None:
+                        skipped.append(note)
+                    else:
+                        output.write(pixels)
+                        images.append((name, note))
+                bar.update(len(part))
+        if not quiet:
+            tell_what_is_missing(file, found, skipped)
+        if len(skipped) > MOST_BROKEN * len(members):
+            advice = "" if "unpack" in skipped[0] else "; download the data again"
+            raise UserError(
+                f"--data {found.place}: {len(skipped)} of {len(members)} images cannot be used, more than "
+                f"{MOST_BROKEN:.0%}; the first is {skipped[0]}{advice}"
+            )
+    index = {"side": side, "skipped": found.left_out + skipped, "images": images}
+    with atomic_write(file.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(index | {"seal": seal(index)}), encoding="utf-8")
+    if not quiet:
+        tell_of_older_packs(file)
+    return index
+
+
+def tell_what_is_missing(file, found, skipped):
+    """Print which images are not in a pack, and what the names of other files end in."""
+    missing = found.left_out + skipped
+    if missing:
+        more = f"; and {len(missing) - 10} more, listed in {file.stem}.json" if len(missing) > 10 else ""
+        print(f"Left out {len(missing)} of {len(found.members) + len(found.left_out)} images that cannot be used: "
+              f"{'; '.join(missing[:10])}{more}")  # fmt: skip
+    if found.others:
+        print(f"Not read, for what their names end in: {counts(found)}")
+
+
+def tell_of_older_packs(file):
+    """Print what the packs take that were made of other states of the same data, with the same size and crop."""
+    older = [old for old in file.parent.glob(f"{file.stem.rpartition('-')[0]}-{'?' * 16}.u8") if old != file]
+    if older:
+        total, names = sum(old.stat().st_size for old in older) / 1e9, ", ".join(old.stem for old in older)
+        print(f"Older packs there take {total:.2f} GB; delete what no run needs: {names}")

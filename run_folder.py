@@ -1,0 +1,121 @@
+"""A run's folder: its checkpoints, which of them to go on from, and the lock that keeps other trainings out."""
+
+import contextlib
+import os
+import platform
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from atomic_write import atomic_write
+from checkpoints import generator_only, read_model_file, step_of
+from command_line import UserError
+
+NUMBERED = "[0-9][0-9][0-9][0-9]-*"  # the names that runs/ gives
+
+
+def save_checkpoint(content, out, keep):
+    """Write checkpoint_STEP.pt and generator_STEP.pt into the folder `out`, then drop all but `keep` checkpoints.
+
+    content: the dict of a full checkpoint. Raises OSError, which says what is kept, where the disk is full.
+    """
+    step = content["step"]
+    try:
+        for name, file in (("generator", generator_only(content)), ("checkpoint", content)):
+            with atomic_write(out / f"{name}_{step:06d}.pt") as temporary:
+                torch.save(file, temporary)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        whole = list_checkpoints(out)
+        raise OSError(
+            f"{out / f'checkpoint_{step:06d}.pt'} could not be written ({str(error).splitlines()[0]}); "
+            + (
+                f"make room and go on from {whole[0].name} with --resume {out}"
+                if whole
+                else "no earlier one is there; make room and start again"
+            )  # fmt: skip
+        ) from error
+    for old in [path for path in list_checkpoints(out) if step_of(path) <= step][keep:]:
+        old.unlink()
+
+
+def list_checkpoints(folder):
+    """Return the full checkpoints in a run's folder, the newest first."""
+    return sorted(folder.glob("checkpoint_[0-9]*.pt"), key=step_of, reverse=True)
+
+
+def newest_checkpoint(folder, check):
+    """Return (path, file) of the newest checkpoint in a run's folder that is whole and passes check(file, path).
+
+    Returns (None, None) where there is none.
+    """
+    for path in list_checkpoints(folder):
+        try:
+            file = read_model_file(path)
+            check(file, path)
+            return path, file
+        except UserError as error:
+            print(f"Passing over a spoiled checkpoint: {error}")
+    return None, None
+
+
+def find_resume(resume, out, check):
+    """Return (path, file) of the checkpoint that --resume means, or (None, None) for a new run.
+
+    check: raises UserError for a file that cannot be gone on from.
+    Raises UserError where there is none to go on from, or --out is taken.
+    """
+    taken = out and list_checkpoints(Path(out))
+    if resume is None:
+        if taken:
+            raise UserError(f"--out {out}: holds a run already; go on with --resume latest, or name another folder")
+        return None, None
+    if resume in ("latest", "auto"):
+        folder = Path(out) if out else max(Path("runs").glob(NUMBERED), default=Path("runs"))
+    else:
+        folder = Path(resume)
+        if not folder.exists():
+            raise UserError(f"--resume {resume}: no such checkpoint or run folder")
+        if taken and Path(out).resolve() != (folder.parent if folder.is_file() else folder).resolve():
+            raise UserError(f"--out {out}: holds another run already; name a new folder to branch off into")
+    if folder.is_file():
+        file = read_model_file(folder)
+        check(file, folder)
+        newest = max(list_checkpoints(folder.parent), key=step_of, default=folder)
+        if (taken or not out) and step_of(newest) > file["step"]:
+            raise UserError(f"--resume {resume}: {newest.name} is newer; branch off with --out NEW_FOLDER")
+        return folder, file
+    path, file = newest_checkpoint(folder, check)
+    if not file and (resume != "auto" or list_checkpoints(folder)):
+        raise UserError(
+            f"--resume {resume}: no checkpoint that can be read in {folder}; name a run's folder or a checkpoint_*.pt"
+        )
+    return path, file
+
+
+def new_run_folder(name):
+    """Create and return runs/NUMBER-name with the next free number."""
+    Path("runs").mkdir(exist_ok=True)
+    while True:
+        number = 1 + max((int(path.name[:4]) for path in Path("runs").glob(NUMBERED)), default=0)
+        try:
+            folder = Path("runs") / f"{number:04d}-{name}"
+            folder.mkdir()
+            return folder
+        except FileExistsError:  # another run was faster
+            continue
+
+
+@contextlib.contextmanager
+def locked(out):
+    """Keep other trainings out of a run's folder; the operating system frees the lock when this process ends."""
+    lock, owner = FileLock(out / ".lock"), out / ".owner"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        by = owner.read_text() if owner.is_file() else "another process"
+        raise UserError(f"--out {out}: {by} trains there already; stop it, or name another folder") from error
+    with lock:
+        owner.write_text(f"process {os.getpid()} on {platform.node()}")
+        yield
+        owner.unlink(missing_ok=True)

