@@ -115,24 +115,38 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def kind_of(name):
-    """Return the type of a setting's value, or of each of its values."""
-    return (*get_args(FIELDS[name].type), FIELDS[name].type)[0]
-
-
-def fault(name, value):
-    """Return what is wrong with a value of a setting, or with one of its values; None if nothing is."""
-    kind, within = kind_of(name), FIELDS[name].metadata["within"]
-    choices = FIELDS[name].metadata["flag"].get("choices", [value])
+def fault(value, kind, within=None, choices=None):
+    """Return what is wrong with a value that should be of a type, and perhaps in an interval or a choice; else None."""
     if type(value) is not kind and not (kind is float and type(value) is int):
         return f"{value}: is not of type {kind.__name__}"
-    if value not in choices or value == "":
-        return f"{value}: choose one of {', '.join(map(str, choices))}" if value else "is empty; is a variable not set?"
+    if value == "":
+        return "is empty; is a shell variable not set?"
+    if choices and value not in choices:
+        return f"{value}: choose one of {', '.join(map(str, choices))}"
     if within:
         low, high = map(float, within[1:-1].split(","))
         if not low <= value <= high or value == low and "(" in within or value == high and ")" in within:
             return f"{value}: does not lie in {within}"
     return None
+
+
+def checked(kind, within=None, choices=None):
+    """Return a type for argparse: a text that is not empty, or a number in an interval such as "[0, 1)"."""
+
+    def read(text):
+        value = kind(text)
+        if problem := fault(value, kind, within, choices):
+            raise argparse.ArgumentTypeError(problem)
+        return value
+
+    read.__name__ = {int: "whole number", float: "number"}.get(kind, "text")  # in argparse's own errors
+    return read
+
+
+def rules_of(name):
+    """Return (type, interval or None, choices or None) of a setting's value, or of each of its values."""
+    field = FIELDS[name]
+    return (*get_args(field.type), field.type)[0], field.metadata["within"], field.metadata["flag"].get("choices")
 
 
 def add_flags(parser, *names):
@@ -142,22 +156,9 @@ def add_flags(parser, *names):
         if field.metadata["group"] and not names:
             group = parser.add_argument_group(field.metadata["group"])
         if name in names or not names:
-            options = field.metadata["flag"] | {"type": reader(name)}
+            options = field.metadata["flag"] | {"type": checked(*rules_of(name))}
             options = {"action": argparse.BooleanOptionalAction} if field.type is bool else options
             group.add_argument(flag(name), default=field.default_factory(), help=field.metadata["help"], **options)
-
-
-def reader(name):
-    """Return the type for argparse that turns a text into a value of a setting, or into one of its values."""
-
-    def read(text):
-        value = kind_of(name)(OLD_LOSSES.get(text, text) if name == "loss" else text)
-        if problem := fault(name, value):
-            raise argparse.ArgumentTypeError(problem)
-        return value
-
-    read.__name__ = {int: "whole number", float: "number"}.get(kind_of(name), "text")  # in argparse's own errors
-    return read
 
 
 def parse(argv):
@@ -165,7 +166,9 @@ def parse(argv):
     parser = Parser("Train a Wasserstein GAN on faces. A step is one update of the generator.")
     add_flags(parser)
     for old, (name, *_) in OLD_NAMES.items():
-        parser.add_argument(flag(old), type=reader(name), default=None, help=argparse.SUPPRESS)
+        kind, within, choices = rules_of(name)
+        choices = [*choices, *OLD_LOSSES] if name == "loss" else choices
+        parser.add_argument(flag(old), type=checked(kind, within, choices), help=argparse.SUPPRESS)
     # argparse leaves alone what a namespace already has, so what is no longer None was given.
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(FIELDS))))
     return renamed({name: value for name, value in given.items() if value is not None})
@@ -196,7 +199,7 @@ def saved_settings(saved, path):
         parts = [] if value is None and default is None else value if count else [value]
         if type(parts) is not list or count == 2 and len(parts) != 2:
             raise UserError(f"{path} is damaged: its {flag(name)} is {value}")
-        if problem := next(filter(None, (fault(name, part) for part in parts)), None):
+        if problem := next(filter(None, (fault(part, *rules_of(name)) for part in parts)), None):
             raise UserError(f"{path} is damaged: its {flag(name)} {problem}")
     try:
         check_together(Settings(**kept))
