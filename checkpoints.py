@@ -100,7 +100,8 @@ def step_of(path):
 
     A number in any other name, such as mine_20240101.pt, is not a step, and that in generator_128.pt is a size.
     """
-    found = re.fullmatch(r"(?:checkpoint|generator)_(\d{6,})|generator_model_batch_(\d+)", path.stem)
+    name = path.name.split(".")[0]  # a download's goes on after .pt
+    found = re.fullmatch(r"(?:checkpoint|generator)_(\d{6,})|generator_model_batch_(\d+)", name)
     return int(found[1] or found[2]) if found else -1
 
 
