@@ -5,8 +5,6 @@ import pytest
 import torch
 from torch import nn
 
-from checkpoints import load_generator, read_model_file
-from command_line import UserError
 from Generator import SIZES, Attention, Generator, latent
 
 
@@ -32,10 +30,6 @@ def test_widths_are_those_of_the_slides():
     }  # fmt: skip
 
 
-def test_report_generator_has_the_published_number_of_parameters():
-    assert sum(p.numel() for p in Generator(100, 128, 3, 128, stem_norm=False).parameters()) == 20_362_819
-
-
 def test_stem_norm_is_batchnorm_and_relu():
     """The parameter count cannot see a ReLU, so look at what enters the first block."""
     for stem_norm in (True, False):
@@ -44,13 +38,6 @@ def test_stem_norm_is_batchnorm_and_relu():
         generator.up["8"].register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0]))
         generator(torch.randn(16, 10))
         assert (seen[0].min() >= 0) == stem_norm
-
-
-def test_weights_of_a_smaller_model_fit_into_a_larger_one_by_name():
-    small, large = Generator(ngf=16, size=128).state_dict(), Generator(ngf=16, size=256).state_dict()
-    missing = [key for key in small if key not in large]
-    assert missing == ["to_rgb.128.weight", "to_rgb.128.bias"]
-    assert all(small[key].shape == large[key].shape for key in small if key in large)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +99,11 @@ def test_impossible_networks_are_refused():
 def test_a_seed_is_the_same_latent_in_every_process_and_whatever_was_drawn_before():
     code = "import torch; torch.manual_seed(5); torch.rand(3); import Generator; print(Generator.latent(147).tolist())"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    torch.rand(7)
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    latent(3)
+    assert torch.equal(torch.rand(1), expected)  # it leaves the global random numbers alone
     assert str(latent(147).tolist()) == other.strip()
     assert latent(147).shape == (100,) and latent(147).dtype == torch.float32
     assert not torch.equal(latent(147), latent(148))
@@ -120,52 +111,6 @@ def test_a_seed_is_the_same_latent_in_every_process_and_whatever_was_drawn_befor
     assert latent(0)[:3].tolist() == pytest.approx([-1.1258398294448853, -1.152360200881958, -0.2505785822868347])
     with pytest.raises(ValueError, match="4294967296"):
         latent(2**32)
-
-
-def test_latent_leaves_the_global_random_numbers_alone():
-    torch.manual_seed(1)
-    expected = torch.rand(1)
-    torch.manual_seed(1)
-    latent(3)
-    assert torch.equal(torch.rand(1), expected)
-
-
-def save(path, generator, **more):
-    content = {"format": 1, "step": 3, "generator": {"config": generator.config, "state": generator.state_dict()}}
-    torch.save(content | more, path)
-
-
-def test_load_rebuilds_the_generator_from_its_file(tmp_path):
-    generator = Generator(nz=7, ngf=8, size=32, stem_norm=False)
-    save(tmp_path / "model.pt", generator)
-    loaded = load_generator(tmp_path / "model.pt")
-    assert loaded.config == generator.config and not loaded.training
-    z = torch.randn(2, 7)
-    assert torch.equal(loaded(z), generator.eval()(z))
-
-
-def test_load_takes_the_average_where_there_is_one(tmp_path):
-    generator, average = Generator(ngf=8, size=32), Generator(ngf=8, size=32)
-    save(tmp_path / "model.pt", generator, ema=average.state_dict())
-    assert torch.equal(load_generator(tmp_path / "model.pt").linear.weight, average.linear.weight)
-
-
-def test_files_that_are_no_models_are_refused_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="nothing.pt"):
-        read_model_file(tmp_path / "nothing.pt")
-    (tmp_path / "text.pt").write_text("hello")
-    save(tmp_path / "whole.pt", Generator(ngf=8, size=32))
-    data = (tmp_path / "whole.pt").read_bytes()
-    (tmp_path / "torn.pt").write_bytes(data[: len(data) // 2])
-    torch.save({"weights": torch.zeros(1)}, tmp_path / "foreign.pt")
-    save(tmp_path / "future.pt", Generator(ngf=8, size=32), format=99)
-    misfit = Generator(ngf=8, size=32)
-    misfit.config["ngf"] = 16
-    save(tmp_path / "misfit.pt", misfit)
-    for name in ("text", "torn", "foreign", "future", "misfit"):
-        with pytest.raises(ValueError, match=name) as caught:
-            load_generator(tmp_path / f"{name}.pt")
-        assert "\n" not in str(caught.value)
 
 
 def test_importing_the_scripts_builds_nothing_and_draws_nothing(tmp_path):

@@ -229,57 +229,6 @@ def test_same_initial_weights_whatever_was_drawn_before():
     assert equal(first.generator.state_dict(), build_state(settings, CPU).generator.state_dict())
 
 
-@pytest.mark.parametrize("flags", ["--no-reuse-fakes", "--reuse-fakes", "--loss wgan --norm batch --no-reuse-fakes"])
-def test_the_step_is_the_plain_step(flags, monkeypatch):
-    """The loop's own step against one written plainly, without any of its means, for 6 steps in double precision.
-
-    Sums in another order differ by rounding, and Adam takes a whole step along a gradient that is nothing but
-    rounding; in double precision that stays small.
-    """
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    real_noise, number = training_step.draw_noise, torch.float64
-
-    def noise_of(settings, step):
-        return {k: v.to(number) if v.is_floating_point() else v for k, v in real_noise(settings, step).items()}
-
-    monkeypatch.setattr(training_step, "draw_noise", noise_of)
-    settings = settings_of(*flags.split(), "--n-critic", "1")
-    state, other = build_state(settings, CPU), build_state(settings, CPU)
-    for network in (state.generator, state.critic, state.ema, other.generator, other.critic):
-        network.to(number)
-    g = other.generator.to(memory_format=torch.contiguous_format)
-    d = other.critic.to(memory_format=torch.contiguous_format)
-    optim_g = torch.optim.Adam(g.parameters(), settings.lr_g, tuple(settings.betas), foreach=False)
-    optim_d = torch.optim.Adam(d.parameters(), settings.lr_d, tuple(settings.betas), foreach=False)
-    precise = type("Precise", (Noise,), {"images": Noise.images.to(number)})()
-    for step in range(6):
-        noted, real, _ = train_step(state, settings, precise, CPU)
-        noise = noise_of(settings, step)
-        fake = g(noise["z"][0])
-        estimate = d(real).mean() - d(fake.detach()).mean()
-        loss_d = -estimate
-        if settings.loss == "wgan-gp":
-            mix = noise["epsilon"][0] * real + (1 - noise["epsilon"][0]) * fake.detach()
-            mix.requires_grad_()
-            slope = torch.autograd.grad(d(mix), mix, torch.ones(len(mix), dtype=number), create_graph=True)[0]
-            loss_d = loss_d + 10 * ((slope.square().sum(dim=(1, 2, 3)).sqrt() - 1) ** 2).mean()
-        optim_d.zero_grad()
-        loss_d.backward()
-        optim_d.step()
-        if settings.loss == "wgan":
-            for parameter in d.parameters():
-                parameter.data.clamp_(-settings.clip_value, settings.clip_value)
-        loss_g = -d(fake if settings.reuse_fakes else g(noise["z"][1])).mean()
-        optim_g.zero_grad()
-        loss_g.backward()
-        optim_g.step()
-        for name, value in (("loss/critic", loss_d), ("loss/generator", loss_g), ("critic/wasserstein", estimate)):
-            torch.testing.assert_close(noted[name], value.detach(), rtol=1e-7, atol=1e-7)
-    for mine, plain in ((state.generator, g), (state.critic, d)):
-        a, b = (torch.cat([p.detach().flatten() for p in network.parameters()]) for network in (mine, plain))
-        assert (a - b).norm() < 1e-7 * b.norm()
-
-
 # ---- growing, and starting from another model -----------------------------------------------------------------
 
 

@@ -100,7 +100,7 @@ def test_two_ranks_train_as_one_process_does(runs):
                 "generator/gradient_norm"):  # fmt: skip
         one, other = scalars(single, tag), scalars(double, tag)
         assert list(one) == list(other) == [2, 4, 5, 6, 8, 10]
-        assert [other[step] for step in (2, 4)] == pytest.approx([one[step] for step in (2, 4)], rel=1e-4, abs=1e-6)
+        assert [other[step] for step in (2, 4)] == pytest.approx([one[step] for step in (2, 4)], rel=1e-3, abs=1e-6)
         assert list(other.values()) == pytest.approx(list(one.values()), rel=2e-2, abs=1e-6)
 
 

@@ -1,0 +1,99 @@
+import pickle
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+from checkpoints import FORMAT, load_generator, read_model_file
+from command_line import UserError
+from Generator import Generator
+
+
+def content(generator, /, **more):
+    network = {"config": generator.config, "state": generator.state_dict()}
+    return {"format": FORMAT, "step": 3, "generator": network} | more
+
+
+def test_load_rebuilds_the_generator_from_its_file(tmp_path):
+    generator = Generator(nz=7, ngf=8, size=32, stem_norm=False)
+    torch.save(content(generator), tmp_path / "model.pt")
+    loaded = load_generator(tmp_path / "model.pt")
+    assert loaded.config == generator.config and not loaded.training
+    z = torch.randn(2, 7)
+    assert torch.equal(loaded(z), generator.eval()(z))
+
+
+def test_load_takes_the_average_where_there_is_one(tmp_path):
+    generator, average = Generator(ngf=8, size=32), Generator(ngf=8, size=32)
+    torch.save(content(generator, ema=average.state_dict()), tmp_path / "model.pt")
+    assert torch.equal(load_generator(tmp_path / "model.pt").linear.weight, average.linear.weight)
+
+
+def test_load_takes_a_network_that_was_in_dataparallel(tmp_path):
+    generator = Generator(nz=7, ngf=8, size=32)
+    file = content(generator)
+    file["generator"]["state"] = nn.DataParallel(generator).state_dict()
+    assert next(iter(file["generator"]["state"])).startswith("module.")
+    torch.save(file, tmp_path / "model.pt")
+    assert torch.equal(load_generator(tmp_path / "model.pt").linear.weight, generator.linear.weight)
+
+
+class Huge:
+    """Pickles as the call nn.Linear(200_000, 200_000), 160 GB."""
+
+    def __reduce__(self):
+        return nn.Linear, (200_000, 200_000)
+
+
+def turned_over(data, at):
+    return data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]
+
+
+def test_files_that_are_no_models_are_refused_in_one_line(tmp_path):
+    generator = Generator(nz=7, ngf=8, size=32)
+    torch.save(content(generator), tmp_path / "whole.pt")
+    data = (tmp_path / "whole.pt").read_bytes()
+    weights = data.index(generator.linear.weight.detach().numpy().tobytes())
+    misfit, bare, huge = content(generator), generator.state_dict(), content(generator)
+    misfit["generator"]["config"] = generator.config | {"ngf": 16}
+    huge["generator"]["config"] = generator.config | {"nz": 10**12}
+    network = content(generator)["generator"]
+    nan = network["state"] | {"linear.bias": torch.full((8192,), float("nan"))}
+    files = {
+        "text": (b"hello", "something else"), "empty": (b"", "empty"), "page": (b" <!DOCTYPE html><html>", "web page"),
+        "torn": (data[: len(data) // 2], "torn"), "flipped": (turned_over(data, weights + 999), "checksums"),
+        "foreign": ({"weights": 1}, "no generator"), "bare": (bare, "bare weights"), "list": ([1], "no generator"),
+        "future": (content(generator, format=99), "format 99"), "misfit": (misfit, "up.8"),
+        "huge": (huge, "settings make"),
+        "linear": (content(generator, step=Huge()), "step"), "layer": (Huge(), "report's generator"),
+        "step": (content(generator, step="3"), "step"), "settings": (content(generator, settings=[1]), "settings"),
+        "state": (content(generator, generator=network | {"state": [1]}), "network"),
+        "config": (content(generator, generator=network | {"config": {1: 2}}), "cannot be built"),
+        "missing": (content(generator, generator={"config": generator.config}), "network"),
+        "nan": (content(generator, generator=network | {"state": nan}), "finite"),
+    }  # fmt: skip
+    with pytest.raises(UserError, match="nothing.pt"):
+        read_model_file(tmp_path / "nothing.pt")
+    for name, (file, words) in files.items():
+        path = tmp_path / f"{name}.pt"
+        path.write_bytes(file) if isinstance(file, bytes) else torch.save(file, path)
+        with pytest.raises(UserError, match=rf"{name}\.pt.*{words}") as caught:
+            load_generator(path)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400, name
+
+
+def test_code_in_a_file_is_not_run_and_a_file_cannot_unpack_into_more_than_it_is(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path / "owned").touch, ()
+
+    torch.save(content(Generator(nz=7, ngf=8, size=32), made_by={"command": Evil()}), tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="evil.pt"):
+        read_model_file(tmp_path / "evil.pt")
+    assert not (tmp_path / "owned").exists()
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", pickle.dumps(1))
+        archive.writestr("bomb/data/0", bytes(10**7))
+    with pytest.raises(UserError, match="bomb.pt"):
+        read_model_file(tmp_path / "bomb.pt")
