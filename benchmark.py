@@ -30,7 +30,7 @@ from drawn_faces import draw_face
 from Generator import SIZES, Generator
 from settings import OLD_LOSSES, Settings, add_flags, check_together, checked
 from training_state import build_state
-from Trainloop import train_step
+from training_step import train_step
 
 NORMS = {"wgan": "batch", "wgan-gp": "layer"}  # of the critic, by its loss
 BUILT = []  # what the one way of this process consists of: step, load
@@ -157,8 +157,8 @@ def compare(argv=None):
     add("--sizes", "--size", type=int, nargs="+", choices=SIZES, help="default: 64 128, on a GPU also 256")
     add("--losses", "--lipschitz", type=lambda name: OLD_LOSSES.get(name, name), nargs="+", choices=[*NORMS],
         default=[*NORMS], help="wgan: clipped weights and batch norm; wgan-gp: gradient penalty")  # fmt: skip
-    add("--rounds", type=checked(int, low=1), default=5, help="turns of each way")
-    add("--seconds", type=checked(float, above=0), default=3.0, help="length of a turn, after as long a warm-up")
+    add("--rounds", type=checked(int, "[1, inf)"), default=5, help="turns of each way")
+    add("--seconds", type=checked(float, "(0, inf)"), default=3.0, help="length of a turn, after as long a warm-up")
     add("--json", type=filled_path, metavar="FILE", help="also write the numbers there")
     add_flags(parser, "ngf", "ndf", "batch_size", "precision", "device")
     args = parser.parse_args(argv)

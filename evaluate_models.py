@@ -259,22 +259,22 @@ def parse(argv=None):
     add = parser.add_argument
     add("models", nargs="+", type=filled_path, help="folders of runs, and model files")
     add("--out", type=filled_path, default="evaluation", metavar="DIR", help="folder for pictures and tables")
-    add("--checkpoints", type=checked(int, low=0), default=12, help="of a run at most so many, evenly spread; 0: all")
+    add("--checkpoints", type=checked(int, "[0, inf)"), default=12, help="of a run at most so many, evenly; 0: all")
     add_flags(parser, "device")
     add = parser.add_argument_group("pictures").add_argument
-    add("--seeds", type=checked(int, low=0, below=2**32), nargs="+", default=SEEDS, help="the faces that are followed")
+    add("--seeds", type=checked(int, "[0, 4294967295]"), nargs="+", default=SEEDS, help="the faces that are followed")
     add("--movie", choices=["gif", "mp4"], default="gif", help="format in which the faces emerge")
-    add("--fps", type=checked(int, low=1, below=51), default=5, help="checkpoints a second in it")
+    add("--fps", type=checked(int, "[1, 50]"), default=5, help="checkpoints a second in it")
     add("--tag", default="loss/critic", help="scalar of the runs that is plotted")
     add("--figures-only", action="store_true", help="measure nothing")
     group = parser.add_argument_group("table")
     add_flags(group, "data", "split", "crop", "cache", "workers")
     add = group.add_argument
-    add("-n", "--samples", type=checked(int, low=2), default=10_000, help="images of each model, at most of the data")
+    add("-n", "--samples", type=checked(int, "[2, inf)"), default=10_000, help="images of each model and of the data")
     add("--floor-split", choices=[*SPLITS], help="where the real images of the first row come from, else from --split")
     add("--features", choices=[*metrics.METRICS], default="inception", help="inception: FID, KID; mobilenet_v2: FD, KD")
     add("--weights", type=filled_path, metavar="FILE", help="weights of the extractor, else they are downloaded")
-    add("--seed", type=checked(int, low=0, below=2**32), default=0, help="chooses the latents that are measured")
+    add("--seed", type=checked(int, "[0, 4294967295]"), default=0, help="chooses the latents that are measured")
     add("--quick", action="store_true", help=f"allow fewer than {FEWEST} images, and mark the numbers")
     add = parser.add_argument_group("the best").add_argument
     add("--by", choices=["fid", "kid", "fd", "kd", "critic"], help="copy the best by this to --bests")

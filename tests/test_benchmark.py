@@ -10,7 +10,7 @@ from Dataset import batch_indices, open_data
 from drawn_faces import draw_face
 from settings import Settings
 from training_state import build_state
-from Trainloop import draw_noise, train_step
+from training_step import draw_noise, train_step
 
 CPU = torch.device("cpu")
 TINY = ["--size=32", "--ngf=8", "--ndf=8", "--batch-size=4", "--rounds=1", "--seconds=0.1", "--device=cpu"]
