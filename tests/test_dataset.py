@@ -339,7 +339,7 @@ def test_estimate_is_what_is_packed(empty, folder):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [("--size 0", "--size"), ("--size 4294967296", "--size"), ("--out nowhere/a.png", "--out nowhere/a.png"),
-     ("--out a.foo", "--out a.foo"), ("--workers -1", "--workers -1")],
+     ("--out a.foo", "--out a.foo"), ("--workers -1", "--workers: -1")],
 )  # fmt: skip
 def test_impossible_flags_are_refused_before_anything_is_packed(folder, empty, capsys, flags, words):
     try:

@@ -163,7 +163,7 @@ WRONG = [
     (NAME, lambda body: PAGE, "web page"), (NAME, lambda body: b"", "damaged"), (NAME, flipped, "damaged"),
     (NAME, lambda body: body[:-1], "damaged"), (NAME, lambda body: os.urandom(10_000), "damaged"),
     ("wide.pt", bytes, "the report's generator"), ("kernel.pt", bytes, "its convT1 is"),
-    ("hook.pt", bytes, "nothing in it was run"), ("reference.pt", bytes, "it is not a model file of this project"),
+    ("hook.pt", bytes, "nothing in it was run"), ("reference.pt", bytes, "it holds bare weights"),
 ]  # fmt: skip
 
 
