@@ -53,10 +53,10 @@ class Settings:
         "wins", resume="anew", group="start", choices=list(PRESETS))
     resume: str = setting(None, "go on from a checkpoint or run folder; latest: the newest in --out or, without it, in "
         "runs/; auto: the same where there is one, else start", resume="anew", metavar="PATH|latest|auto")
-    grow_from: str = setting(None, "checkpoint of half the --size: take over its networks and grow each by a block",
-        metavar="PATH")
-    start_from: str = setting(None, "model to adapt to other images: a new run from step 0 with its networks",
-        metavar="PATH")
+    grow_from: str = setting(None, "checkpoint of half the --size: a new run from step 0 with its networks, each grown "
+        "by a block", metavar="PATH")
+    start_from: str = setting(None, "model to adapt to other images: a new run from step 0 with its networks, and "
+        "--augment color translation; not a resume", metavar="PATH")
     data: list[str] = setting(None, "zips or folders of images, or 'drawn' for the built-in drawn faces; without it "
         "CelebA from data/, else drawn faces", resume="free", group="images", nargs="+", metavar="PATH")
     split: str = setting("all", "part of CelebA's list_eval_partition", choices=["all", "train", "val", "test"])

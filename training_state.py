@@ -112,6 +112,8 @@ def read_settings(argv=None):
     path, file = find_resume(given.get("resume"), given.get("out"), check_checkpoint)
     if file:
         return combine(given, path, saved_settings(file["settings"], path)), file, path
+    if "start_from" in given:
+        given = {"augment": ["color", "translation"]} | given  # other images are mostly few
     for name in ("grow_from", "start_from"):
         if name in given:
             return combine(given, architecture=architecture_of(given[name], name == "grow_from")), None, None
@@ -147,6 +149,8 @@ def take_over(state, file, path, grows):
     new = {f"up.{size}", f"to_rgb.{size}", f"from_rgb.{size}", f"down.{size // 2}", "fade"} if grows else {"fade"}
     raw, average = file["generator"]["state"], weights_of(file)
     parts = [(state.generator, raw), (state.ema, average), (state.critic, (file.get("critic") or {}).get("state"))]
+    if state.projected and (file.get("projected") or {}).get("config") == state.projected.config:
+        parts.append((state.projected, file["projected"]["state"]))
     for network, weights in parts:
         if network is None or weights is None:
             continue

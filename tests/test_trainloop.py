@@ -295,6 +295,7 @@ def test_two_networks_without_optimizers_are_enough_to_grow_and_a_generator_to_s
     assert go_on("--start-from", "small/generator_000001.pt", "--data", "drawn", "--cache", "cache", "--batch-size", 4,
                  "--steps", 1, "--lr-g", 1e-9, "--out", "adapted", "--ndf", 8) == 0  # fmt: skip
     adapted = read_model_file(tmp_path / "adapted/checkpoint_000001.pt")
+    assert adapted["settings"]["augment"] == ["color", "translation"]
     assert adapted["step"] == 1 and adapted["generator"]["config"] == file["generator"]["config"]
     weights = [key for key in file["ema"] if key.endswith("weight")]
     assert all((adapted["ema"][key] - file["ema"][key]).abs().max() < 1e-6 for key in weights)
