@@ -168,7 +168,7 @@ def compare(argv=None):
     shared = {"ngf": args.ngf, "ndf": args.ndf, "batch_size": args.batch_size}
     shared["precision"], tasks = resolve_precision(args.precision, device), []
     sizes = args.sizes or [64, 128, 256][: 2 if device.type == "cpu" else 3]
-    as_report = {"crop": "squash", "flip": False, "ema": 0.0, "reuse_fakes": False}
+    as_report = {"crop": "squash", "flip": False, "ema": 0.0}
     for size, loss in ((size, loss) for size in sizes for loss in args.losses):
         tasks.append(Settings(size=size, loss=loss, norm=NORMS[loss], **shared, **as_report))
         check_together(tasks[-1])

@@ -17,7 +17,7 @@ PRESETS = {
         "size": 128, "crop": "squash", "split": "all", "flip": False, "nz": 100, "ngf": 128, "ndf": 128,
         "stem_norm": False, "norm": "batch", "blocks_g": "plain", "loss": "wgan", "clip_value": 0.01, "n_critic": 1,
         "batch_size": 32, "optimizer": "adam", "lr_g": 5e-5, "lr_d": 5e-5, "betas": [0.9, 0.999], "ema": 0.0,
-        "reuse_fakes": False, "precision": "fp32", "steps": 3_924_000, "log_every": 50, "checkpoint_every": 6000,
+        "precision": "fp32", "steps": 3_924_000, "log_every": 50, "checkpoint_every": 6000,
     },
     # Something to look at after about five minutes on two CPU cores.
     "quick": {
@@ -30,8 +30,7 @@ OLD_NAMES = {"lipschitz": ["loss"], "gp": ["gp_weight"], "clip": ["clip_value"],
 OLD_LOSSES = {"gp": "wgan-gp", "clip": "wgan"}
 # With what a checkpoint was trained that is from before these settings came.
 BEFORE = {"blocks_g": "plain", "blocks_d": "plain", "attention": 0, "grow_from": None, "start_from": None,
-          "fade_steps": 2000, "augment": [], "critic": "pixel", "projected_share": 0.5,
-          "reuse_fakes": False}  # fmt: skip
+          "fade_steps": 2000, "augment": [], "critic": "pixel", "projected_share": 0.5}  # fmt: skip
 
 
 def setting(default, help, within=None, resume="frozen", group=None, **flag):
@@ -85,7 +84,6 @@ class Settings:
         group="training")
     batch_size: int = setting(32, "images in a batch, that of all processes together", "[1, 65536]")
     n_critic: int = setting(1, "critic updates in a step", "[1, 1000]")
-    reuse_fakes: bool = setting(True, "the generator learns on the images of the last critic update, not on new ones")
     loss: str = setting("wgan-gp", "Wasserstein loss with a gradient penalty, or with clipped weights",
         choices=["wgan-gp", "wgan"])
     gp_weight: float = setting(10.0, "factor of the gradient penalty", "[0, inf)")

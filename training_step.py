@@ -124,17 +124,14 @@ def train_step(state, settings, dataset, device):
 
     Under torchrun a rank does its share of the batch, and what it returns is about that share alone.
     """
-    share, last = share_of_batch(settings.batch_size), settings.n_critic - 1
+    share = share_of_batch(settings.batch_size)
     noise = draw_noise(settings, state.step)  # of the whole batch, so that it is the same on any number of ranks
     noise = {name: values[:, share].to(device, non_blocking=True) for name, values in noise.items()}
     set_fade(state, settings)
 
-    def generate(z, numbers):
-        """Return (B, 3, S, S) images with the generator's graph, without, and these as the critics see them."""
+    def generate(z):
         with autocast(settings, device):
-            fake = state.generator(z)  # (B, 3, S, S)
-        images = fake.detach().requires_grad_()
-        return fake, images, augment(images, settings.augment, numbers[:, 0])
+            return state.generator(z)  # (B, 3, S, S)
 
     scalars = {}
     for i in range(settings.n_critic):
@@ -143,13 +140,14 @@ def train_step(state, settings, dataset, device):
         real = dataset.batch(indices[share], device)  # (B, 3, S, S)
         real = torch.where(noise["flip"][i], real.flip(3), real)
         seen_real = augment(real, settings.augment, noise["augment"][i][:, 1])
-        with torch.set_grad_enabled(settings.reuse_fakes and i == last):
-            fake, images, seen = generate(noise["z"][i], noise["augment"][i])
         if state.critic:
-            scalars = critic_step(state, settings, seen_real, seen.detach(), noise["epsilon"][i])
-    if not settings.reuse_fakes:
-        fake, images, seen = generate(noise["z"][-1], noise["augment"][-1])
+            with torch.no_grad():
+                seen = augment(generate(noise["z"][i]), settings.augment, noise["augment"][i][:, 0])
+            scalars = critic_step(state, settings, seen_real, seen, noise["epsilon"][i])
 
+    fake = generate(noise["z"][-1])  # new ones: on those that the critic has just learnt on, faces came out alike
+    images = fake.detach().requires_grad_()  # where the graphs of the critics' losses end
+    seen = augment(images, settings.augment, noise["augment"][-1][:, 0])
     losses = []
     if state.critic:
         with autocast(settings, device), frozen(state.critic):
