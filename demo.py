@@ -133,7 +133,7 @@ def add_morph(generator, known):
             look = {"columns": 6, "height": "auto", "object_fit": "cover", "allow_preview": False, "buttons": []}
             gallery = gr.Gallery(sheet(0)[1], label="Faces: click to add", elem_id="sheet", **look)
             with gr.Row():
-                more, back, clear = map(gr.Button, ("More faces", "Remove the last", "Start again"))
+                more, back, clear = (gr.Button(text, min_width=90) for text in ("More faces", "Remove last", "Clear"))
         with gr.Column(min_width=320):
             show, outputs = add_player(generator, route, tuned)
 
@@ -166,7 +166,7 @@ def add_game(generator, data, crop):
     head, game, answers = gr.Markdown(f"Which of {ROUNDS} faces are real people?"), gr.State([]), gr.State([])
     face, start = gr.HTML(elem_classes="face"), gr.Button("New game", variant="primary")
     with gr.Row():
-        buttons = [gr.Button(text, visible=False) for text in ("Real", "Generated")]
+        buttons = [gr.Button(text, visible=False, min_width=90) for text in ("Real", "Generated")]
     outputs = [game, answers, head, face, start, *buttons]
 
     def turn(game, answers):
