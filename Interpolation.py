@@ -232,7 +232,7 @@ def pick_seeds(seeds, columns=1, loop=False):
     flag = "--seeds" if isinstance(seeds[0], int) else "--photos"
     length, rest = divmod(len(seeds), columns)
     if length < 2 or rest:
-        raise UserError(f"{flag}: {len(seeds)} do not make --columns {columns}; each takes as many, 2 or more")
+        raise UserError(f"{flag}: {len(seeds)} do not make --columns {columns}; each takes as many, 2 {flag[2:]} or more")
     morphs = [seeds[i : i + length] for i in range(0, len(seeds), length)]
     for seed, following in chain(*(pairwise(morph + morph[:1] * loop) for morph in morphs)):
         if seed == following:
@@ -332,7 +332,8 @@ def make_film(argv):
     frames = tqdm(film(generator, z, captions, args.scale, axis), total=count, unit="frames", disable=None, leave=False)
     some = slice(None, None, count // 32 + 1)
     write_film(args.out, frames, args.fps, film(generator, z[some], captions and captions[some], args.scale, axis))
-    print(f"{args.out}: {count} frames, {' | '.join(' '.join(map(str, morph)) for morph in morphs)}")
+    shown = " | ".join(" ".join(map(str, morph)) for morph in morphs)
+    print(f"{args.out}: {count} frames, {'photos' if args.photos else 'seeds'} {shown}")
 
 
 def main(argv=None):

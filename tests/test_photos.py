@@ -155,7 +155,7 @@ def test_photos_become_a_film_and_a_tuned_model_that_makes_the_same(tmp_path, qu
     assert run("--model", quick, "--photos", a, b, a, "--save-tuned", tmp_path / "t.pt", "--out", tmp_path / "1.png",
                *flags) == 0  # fmt: skip
     out = capsys.readouterr().out
-    assert "anna: error" in out and "bert: error" in out and "SSIM" in out and "17 frames, anna bert anna" in out
+    assert "anna: error" in out and "bert: error" in out and "SSIM" in out and "17 frames, photos anna bert anna" in out
     assert run("--photos", tmp_path / "t.pt", "--out", tmp_path / "2.png", *flags) == 0
     first, second = (np.asarray(Image.open(tmp_path / f"{k}.png")).astype(int) for k in (1, 2))
     assert second.shape == (32, 9 * 32, 3) and abs(first[:, : 9 * 32] - second).max() <= 1
@@ -169,7 +169,7 @@ def test_photos_become_a_film_and_a_tuned_model_that_makes_the_same(tmp_path, qu
         (["anna.jpg", "text.jpg"], "text.jpg: cannot be read"),
         (["anna.jpg", "gone.jpg"], "gone.jpg: no such file"),
         (["anna.jpg", "anna.jpg"], "anna follows itself"),
-        (["anna.jpg"], "each takes as many, 2 or more"),
+        (["anna.jpg"], "2 photos or more"),
         (["model.pt"], "not tuned for photos"),
         (["model.pt", "anna.jpg"], "one tuned model"),
         (["anna.jpg", "blank.png", "--truncation", "0.5"], "--truncation 0.5"),
