@@ -19,6 +19,7 @@ from checkpoints import load_generator, step_of
 from command_line import Parser, UserError, filled_path, run_command
 from device import pick_device
 from Generator import latent, to_uint8
+from photos import open_photos, photo_names
 from settings import add_flags
 
 SHIPPED = Path(__file__).parent / "bests/generator_128.pt"
@@ -233,23 +234,27 @@ def load_model(name, device="cpu"):
 
 def pick_seeds(seeds, columns=1, loop=False):
     """Return the seeds of each morph, `columns` lists as long. Raises UserError where a morph could not move."""
+    flag = "--seeds" if isinstance(seeds[0], int) else "--photos"
     length, rest = divmod(len(seeds), columns)
     if length < 2 or rest:
-        raise UserError(f"--seeds: {len(seeds)} do not make --columns {columns}; each takes as many, 2 seeds or more")
+        raise UserError(
+            f"{flag}: {len(seeds)} do not make --columns {columns}; each takes as many, 2 {flag[2:]} or more"
+        )
     morphs = [seeds[i : i + length] for i in range(0, len(seeds), length)]
     for seed, following in chain(*(pairwise(morph + morph[:1] * loop) for morph in morphs)):
         if seed == following:
-            raise UserError(f"--seeds: {seed} follows itself; leave one out (--loop returns to the first by itself)")
+            raise UserError(f"{flag}: {seed} follows itself; leave one out (--loop returns to the first by itself)")
     return morphs
 
 
 def route(generator, seeds, frames, mode="slerp", pace="latent", loop=False, ease=False, truncation=1):
     """Return the latents of one morph and their positions on the path through `seeds`: (F, nz) and (F,) float64.
 
-    frames: steps from each seed to the next. The film ends with the last seed, F = (n - 1) * frames + 1, or with
-    `loop` one step before it would show the first one again, F = n * frames. truncation: factor of all latents.
+    seeds: numbers, or (nz,) latents. frames: steps from each to the next. The film ends with the last seed,
+    F = (n - 1) * frames + 1, or with `loop` one step before it would show the first one again, F = n * frames.
+    truncation: factor of all latents.
     """
-    z = truncation * torch.stack([latent(seed, generator.nz) for seed in seeds])  # (n, nz)
+    z = truncation * torch.stack([latent(s, generator.nz) if isinstance(s, int) else s for s in seeds])  # (n, nz)
     positions = latent_pace(len(seeds) - (not loop), frames, ease)
     if pace == "perceptual":
         positions, before, after = perceptual_pace(lambda p: step_sizes(generator, path(z, p, mode)), positions)
@@ -266,6 +271,8 @@ def parse(argv):
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--seeds", type=int, nargs="+", metavar="SEED", default=SEEDS, help="the faces, two or more")
     which.add_argument("--random", type=int, metavar="N", help="take N random seeds; they are printed")
+    which.add_argument("--photos", type=Path, nargs="+", help="two photos or more, or a model of --save-tuned")
+    add("--save-tuned", type=Path, metavar="FILE.pt", help="keep the model that was tuned for --photos")
     add("--mode", choices=MODES, default="slerp", help="lerp is the report's; slerp keeps the norm")
     add("--frames", type=int, default=50, help="steps from each seed to the next")
     add("--pace", choices=["latent", "perceptual"], default="latent", help="what is even: steps, or changes to the eye")
@@ -292,6 +299,11 @@ def parse(argv):
             raise UserError(f"--{flag} {value}: choose from {low} to {high}{f' for {ending}' * (flag == 'fps')}")
     if args.ease and args.pace == "perceptual":
         raise UserError("--ease slows down at each seed, --pace perceptual never does: choose one of them")
+    if args.photos and args.truncation != 1:
+        raise UserError(f"--truncation {args.truncation}: would make other people of --photos; leave it out")
+    tuned = args.save_tuned
+    if tuned and (not args.photos or tuned.suffix != ".pt" or not tuned.parent.is_dir() or tuned.is_dir()):
+        raise UserError(f"--save-tuned {tuned}: name a .pt file in a folder that is there, beside --photos")
     return args
 
 
@@ -299,8 +311,10 @@ def make_film(argv):
     """Make the film that the command line asks for. What cannot be drawn is refused before a face is computed."""
     args = parse(argv)
     seeds = random.sample(range(1_000_000), args.random) if args.random else args.seeds
+    seeds = photo_names(args.photos) if args.photos else seeds
     morphs = pick_seeds(seeds, args.columns, args.loop)
-    generator = load_model(args.model, pick_device(args.device)).to(memory_format=torch.channels_last)  # faster
+    model = args.photos[0] if args.photos and args.photos[0].suffix == ".pt" else args.model
+    generator = load_model(model, pick_device(args.device)).to(memory_format=torch.channels_last)  # faster
     labels = [[f"{a} > {b}" for a, b in pairwise(morph + morph[:1] * args.loop)] for morph in morphs]
 
     side, ending = generator.size * args.scale, args.out.suffix.lower()
@@ -311,8 +325,10 @@ def make_film(argv):
     for label in chain(*labels) if args.label else ():
         caption(label, side)  # raises where it is too wide
 
+    generator, found = open_photos(args.photos, generator, args.save_tuned) if args.photos else (generator, {})
     z, captions = [], []
     for morph, names in zip(morphs, labels, strict=True):
+        morph = [found.get(seed, seed) for seed in morph]
         latents, at = route(generator, morph, args.frames, args.mode, args.pace, args.loop, args.ease, args.truncation)
         z.append(latents)
         captions.append([names[min(int(position), len(names) - 1)] for position in at])
@@ -321,7 +337,8 @@ def make_film(argv):
     frames = tqdm(film(generator, z, captions, args.scale, axis), total=count, unit="frames", disable=None, leave=False)
     some = slice(None, None, count // 32 + 1)
     write_film(args.out, frames, args.fps, film(generator, z[some], captions and captions[some], args.scale, axis))
-    print(f"{args.out}: {count} frames, seeds {' | '.join(' '.join(map(str, morph)) for morph in morphs)}")
+    shown = " | ".join(" ".join(map(str, morph)) for morph in morphs)
+    print(f"{args.out}: {count} frames, {'photos' if args.photos else 'seeds'} {shown}")
 
 
 def main(argv=None):

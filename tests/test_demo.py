@@ -1,0 +1,247 @@
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+gr = pytest.importorskip("gradio", reason="needs gradio")
+import demo  # noqa: E402
+import photos  # noqa: E402
+from Generator import Generator, latent, to_uint8  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A folder with two checkpoints of a small model."""
+    folder = tmp_path_factory.mktemp("runs") / "0001-tiny"
+    folder.mkdir()
+    for step in (9, 10):
+        torch.manual_seed(step)
+        generator = Generator(nz=16, ngf=8, size=32)
+        file = {"config": generator.config, "state": generator.state_dict()}
+        file = {"format": 1, "step": step, "settings": {}, "generator": file, "made_by": {}}
+        torch.save(file, folder / f"checkpoint_{step}.pt")
+    return folder
+
+
+@pytest.fixture
+def page(run_folder, tmp_path, monkeypatch):
+    """The page's functions by their names; those of Morph, where Your photos has the same."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    blocks = demo.build(str(run_folder), ["drawn"])
+    functions = {}
+    for event in blocks.fns.values():
+        functions.setdefault(event.fn.__name__, event.fn)
+    return functions
+
+
+class Progress:
+    def tqdm(self, iterable, **_):
+        return iterable
+
+
+def stops(*seeds):
+    return [(str(seed), latent(seed, 16)) for seed in seeds]
+
+
+def test_a_click_adds_a_face_and_the_slider_moves_it(page):
+    event = gr.SelectData(None, {"index": 3, "value": None})
+    _, route, face, strip, percent, *_ = page["add"](0, stops(5), event)
+    assert [name for name, _ in route] == ["5", "3"] and strip.count("<img") == 2
+    # The slider's ends are the faces themselves, and with the way back its other end is the first face.
+    look = page["look"]
+    assert percent == 100 and face == look(route, None, 100, False) == look(stops(3), None, 0, False)
+    assert look(route, None, 0, False) == look(route, None, 100, True) != look(route, None, 50, False)
+    assert "<img" not in look([], None, 0, False)
+
+
+@pytest.mark.parametrize("ending, loop, frames", [(".gif", False, 9), (".mp4", True, 12)])
+def test_the_button_makes_a_film_of_the_route(page, ending, loop, frames):
+    picture, download = page["shoot"](stops(1, 2, 3), None, 4, "perceptual", loop, ending, progress=Progress())
+    file = next(Path(os.environ["GRADIO_TEMP_DIR"]).glob(f"*/morph{ending}"))
+    assert download.visible and f"/{ending[1:]};base64," in picture and file.stat().st_size
+    if ending == ".gif":
+        with Image.open(file) as film:
+            assert film.size == (256, 256) and film.n_frames == frames
+
+
+@pytest.mark.parametrize("seeds, words", [([1], "two faces"), ([1, 1], "1 follows itself")])
+def test_a_route_without_a_way_is_a_message(page, seeds, words):
+    with pytest.raises(gr.Error, match=words) as error:
+        page["shoot"](stops(*seeds), None, 4, "latent", False, ".gif", progress=Progress())
+    assert "--" not in error.value.message
+
+
+def test_a_game_has_ten_faces_that_differ_in_nothing_but_the_face(page):
+    game, answers, head, face, *_ = page["begin"]()
+    assert len(game) == 10 and answers == [] and head == "Face 1 of 10" and "image/jpeg" in face
+    assert {x.shape for x, _ in game} == {(3, 32, 32)} and {x.dtype for x, _ in game} == {torch.float32}
+    truth = [real for _, real in game]
+    assert demo.score(game, truth).startswith("<h3>10 of 10 right. Tossing a coin gives 5 on average, 10 or more in 0%")
+    wrong = demo.score(game, [not real for real in truth])
+    assert "0 of 10" in wrong and "in 100%" in wrong and wrong.count('class="wrong"') == 10
+
+
+def test_uploads_become_faces_or_messages_and_are_deleted(page, tmp_path, monkeypatch):
+    pytest.importorskip("facenet_pytorch", reason="needs facenet-pytorch")
+    generator = demo.Interpolation.load_model(str(ROOT / "bests" / "generator_128.pt"))
+    face = Image.fromarray(to_uint8(generator(latent(9)[None]))[0].permute(1, 2, 0).numpy()).resize((300, 300))
+    face.save(tmp_path / "<b>anna.jpg")
+    Image.new("RGB", (300, 300)).save(tmp_path / "blank.png")
+    (tmp_path / "rubbish.txt").write_text("rubbish")
+    files = [str(tmp_path / name) for name in ("<b>anna.jpg", "blank.png", "rubbish.txt")]
+    warnings = []
+    monkeypatch.setattr(gr, "Warning", warnings.append)
+    _, people, row = page["read"](files, [])
+    assert len(people) == 1 and people[0][1].shape == (3, 32, 32) and "<b>" not in row
+    assert warnings[0].startswith("blank.png: no face found") and warnings[1].startswith("rubbish.txt: cannot be read")
+    assert not any(map(os.path.exists, files))
+    with pytest.raises(gr.Error, match="add two photos"):
+        page["become"](people, progress=Progress())
+
+
+def test_two_people_become_a_route_of_a_tuned_model(page, monkeypatch):
+    for name, value in {"SEARCH": 8, "STARTS": 1, "INVERT_STEPS": 2, "TUNE_STEPS": 2}.items():
+        monkeypatch.setattr(photos, name, value)
+    monkeypatch.setattr(photos, "bar", None)  # the page's own bar is used
+    people = [("anna", torch.zeros(3, 32, 32)), ("bert", torch.ones(3, 32, 32))]
+    text, tuned, route, face, *_ = page["become"](people, progress=Progress())
+    assert [name for name, _ in route] == ["anna", "bert"] and "anna: error" in text and "SSIM" in text
+    assert face == page["look"](route, tuned, 100, False) != page["look"](route, None, 100, False)
+
+
+def test_the_models_of_a_run_are_shown_in_the_order_of_their_steps(page, run_folder):
+    step, faces = page["choose"](str(run_folder))
+    assert step.value == 2 and "checkpoint_10.pt" in faces and faces.count("<img") == 12
+    assert "checkpoint_9.pt" in page["draw"](str(run_folder), 1)
+    (run_folder / "checkpoint_11.pt").write_bytes(b"torn")
+    blocks = demo.build(str(run_folder))
+    draw = next(event.fn for event in blocks.fns.values() if event.fn.__name__ == "draw")
+    (run_folder / "checkpoint_11.pt").unlink()
+    with pytest.raises(gr.Error):
+        draw(str(run_folder), 3)
+
+
+@pytest.mark.parametrize(
+    "flags, words", [(["--data", "gone.zip"], "--data gone.zip"), (["--model", "gone.pt"], "--model gone.pt")]
+)
+def test_bad_flags_are_one_line(capsys, flags, words):
+    assert demo.main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and words in error
+
+
+def test_without_gradio_one_line_says_how_to_get_it(capsys, monkeypatch):
+    monkeypatch.setattr(demo, "gr", None)
+    assert demo.main([]) == 2 and "pip install gradio" in capsys.readouterr().err
+
+
+# ---- as a user, in a real browser ----
+
+
+@pytest.fixture
+def browser(tmp_path):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    chromium, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))
+    if not (chromium and driver):
+        pytest.skip("needs Debian's chromium and chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1200,1400"):
+        options.add_argument(f"--{flag}")
+    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path / "downloads")})
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    browser.implicitly_wait(60)
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def address(run_folder, tmp_path):
+    """The address of a page that runs in a process of its own; when it is told to end, it leaves no file."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "t").mkdir()
+    command = [sys.executable, ROOT / "demo.py", "--model", run_folder, "--data", "drawn", "--port", str(port)]
+    process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"TMPDIR": str(tmp_path / "t")})
+    address, end = f"http://127.0.0.1:{port}", time.monotonic() + 90
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            urllib.request.urlopen(address).close()
+            break
+        except OSError:
+            time.sleep(0.5)
+    yield address
+    process.send_signal(signal.SIGTERM)
+    process.wait(30)
+    assert not list((tmp_path / "t").glob("facefusion-*"))
+
+
+def test_the_page_in_a_browser(browser, address, tmp_path):
+    def find(xpath):
+        return browser.find_element("xpath", xpath)
+
+    def wait(condition, seconds=90):
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "the page did not answer"
+            time.sleep(0.1)
+
+    def click(text):
+        wait(
+            lambda: any(
+                e.is_displayed() for e in browser.find_elements("xpath", f"//button[normalize-space()='{text}']")
+            )
+        )
+        next(
+            e for e in browser.find_elements("xpath", f"//button[normalize-space()='{text}']") if e.is_displayed()
+        ).click()
+
+    def shown(css):
+        return [element for element in browser.find_elements("css selector", css) if element.is_displayed()]
+
+    browser.get(address)
+    for k in (3, 9, 14):
+        count = len(shown(".faces figure")) if k != 3 else 0
+        wait(lambda: len(browser.find_elements("css selector", "#sheet button img")) == demo.SHEET)
+        browser.find_elements("css selector", "#sheet button img")[k].click()
+        browser.implicitly_wait(0)
+        wait(lambda count=count: len(shown(".faces figure")) == count + 1)
+    before = shown(".face img")[0].get_attribute("src")
+    slide = "arguments[0].value = 30; arguments[0].dispatchEvent(new Event('input', {bubbles: true}))"
+    browser.execute_script(slide, shown("input[type=range]")[0])
+    wait(lambda: shown(".face img")[0].get_attribute("src") != before)
+    click("Make the film")
+    wait(lambda: "Download the film" in browser.page_source and len(shown(".face img")) == 2)
+    (find("//*[self::a or self::button][contains(., 'Download the film')]")).click()
+    wait(lambda: list((tmp_path / "downloads").glob("*.gif")))
+    with Image.open(next((tmp_path / "downloads").glob("*.gif"))) as film:
+        assert film.n_frames == 51
+    click("Real or generated?")
+    click("New game")
+    for k in range(10):
+        wait(lambda k=k: f"Face {k + 1} of 10" in browser.page_source)
+        click("Real")
+    wait(lambda: "of 10 right" in browser.page_source)
+    click("Your photos")
+    (tmp_path / "rubbish.txt").write_text("rubbish")
+    browser.find_elements("css selector", "input[type=file]")[-1].send_keys(str(tmp_path / "rubbish.txt"))
+    wait(lambda: "rubbish.txt: cannot be read" in browser.page_source)
+    click("Which model?")
+    wait(lambda: any("checkpoint_10.pt" in element.text for element in shown("h3")))
+    asked = [entry["message"] for entry in browser.get_log("performance") if "requestWillBeSent" in entry["message"]]
+    assert asked and all('"url":"http' not in message or f'"url":"{address}' in message for message in asked)
