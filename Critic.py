@@ -3,9 +3,12 @@
 import torch
 from torch import nn
 
+from command_line import UserError
 from Generator import SIZES, Attention, check_parts, check_size
 
 NORMS = ("batch", "layer", "none")
+NO_BATCH_NORM = ("--norm batch: the gradient penalty is about each image alone, and BatchNorm makes every score depend "
+                 "on the whole batch; use --norm layer or none, or --loss wgan")  # fmt: skip
 
 
 def make_norm(norm, channels):
@@ -65,7 +68,7 @@ class Critic(nn.Module):
     blocks, attention, grown: as in the generator; attention comes before the block of its resolution, and `fade`
     blends the features that the smaller critic sees in the halved image with those of the new block.
 
-    Raises ValueError for a size, width, norm or resolution that cannot be built.
+    Raises UserError for a size, width, norm or resolution that cannot be built.
     """
 
     def __init__(self, ndf=64, nc=3, size=128, norm="layer", blocks="plain", attention=0, grown=False):
@@ -75,7 +78,7 @@ class Critic(nn.Module):
         check_size("ndf", ndf, size)
         check_parts(size, blocks, attention, grown)
         if norm not in NORMS:
-            raise ValueError(f"--norm {norm}: choose one of {', '.join(NORMS)}")
+            raise UserError(f"--norm {norm}: choose one of {', '.join(NORMS)}")
         self.norm, self.size = norm, size
 
         def from_rgb(resolution):
@@ -132,10 +135,7 @@ def gradient_penalty(critic, real, fake, epsilon):
     Raises ValueError for a critic with BatchNorm.
     """
     if any(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)) for m in critic.modules()):
-        raise ValueError(
-            "--lipschitz gp cannot be combined with --norm batch: the penalty is about each image alone, and "
-            "BatchNorm makes every score depend on the whole batch; use --norm layer or --norm none"
-        )
+        raise ValueError(NO_BATCH_NORM)
     mix = torch.lerp(fake, real, epsilon).detach().requires_grad_()  # (N, C, H, W)
     score = critic(mix).sum()
     with torch.autocast(mix.device.type, enabled=False):  # each layer's gradient in the type of its forward pass

@@ -25,7 +25,8 @@ def read_model_file(path):
     # The report's files are pickles of a class that was called as ours is. A bare module stands in for it.
     classes = [(nn.Module, "Generator.Generator"), nn.Linear, nn.ConvTranspose2d, nn.Conv2d, nn.BatchNorm2d]
     try:
-        with torch.serialization.safe_globals(classes):
+        # meta: a layer that the pickle makes anew, rather than its tensors, takes no memory.
+        with torch.serialization.safe_globals(classes), torch.device("meta"):
             file = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a torn or foreign file
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -39,27 +40,57 @@ def read_model_file(path):
         raise UserError(f"{path} holds {reason}; take a generator_*.pt or checkpoint_*.pt")
     if file["format"] != FORMAT:
         raise UserError(f"{path} has format {file['format']}, this version reads format {FORMAT}")
-    for key, kind in (("step", int), ("settings", dict), ("made_by", dict), ("generator", dict), ("ema", dict)):
-        if not isinstance(file.get(key), kind | None):
-            raise UserError(f"{path} is damaged: its {key} is not of type {kind.__name__}")
-    state = file["generator"].get("state")
-    if isinstance(state, dict) and state and all(str(key).startswith("module.") for key in state):  # DataParallel's
-        file["generator"]["state"] = {key.removeprefix("module."): tensor for key, tensor in state.items()}
+    kinds = {"step": int, "settings": dict, "made_by": dict, "critic": dict, "ema": dict, "generator": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(file.get(key), kind | None)]
+    parts = [file[key] for key in ("generator", "critic") if not wrong and file.get(key) is not None]
+    if wrong or not all(isinstance(part.get(key), dict) for part in parts for key in ("config", "state")):
+        raise UserError(f"{path} is damaged: its {(wrong or ['network'])[0]} is not what it should be")
+    for part in parts:
+        if all(str(key).startswith("module.") for key in part["state"]):  # of a network in DataParallel
+            part["state"] = {key.removeprefix("module."): tensor for key, tensor in part["state"].items()}
     return file
 
 
 def check_zip(path):
-    """Raise UserError unless the file is a whole zip, as torch.save writes it: torch.load ignores its checksums."""
+    """Raise UserError unless the file is a whole zip as torch.save writes it: torch.load itself ignores checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
-            reason = archive.testzip() and "it is damaged"
+            # Stored, not compressed: so reading takes no more memory than the file has bytes.
+            stored = all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
+            reason = None if stored and archive.testzip() is None else "its checksums are wrong"
     except Exception:  # zipfile raises many types for a damaged file
-        start = path.open("rb").read(512).lstrip()
-        reason = (
-            "it is empty" if not start else "it is a web page" if start.startswith(b"<") else "it is torn or foreign"
-        )
+        with open(path, "rb") as file:
+            start = file.read(512).lstrip()
+        reason = "it is a web page" if start.startswith(b"<") else "it is torn, or something else" if start else "empty"
     if reason:
-        raise UserError(f"{path} is not a whole model file ({reason}); fetch or copy it again")
+        raise UserError(f"{path} is not a whole model file ({reason}); download or copy it again")
+
+
+def check_like(value, example, where):
+    """Raise UserError unless `value`, from a file, is built as `example` is: keys, types, shapes. where: its name."""
+    if isinstance(example, dict):
+        if not isinstance(value, dict) or value.keys() != example.keys():
+            other = sorted(map(str, value.keys() ^ example.keys())) if isinstance(value, dict) else [str(type(value))]
+            raise UserError(f"{where} is not what its settings make: {', '.join(other[:3])}")
+        for key in example:
+            check_like(value[key], example[key], f"{where}.{key}")
+    elif isinstance(example, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or value.shape != example.shape or value.layout != example.layout:
+            raise UserError(f"{where} is not what its settings make")
+        if value.is_floating_point() != example.is_floating_point() or not value.isfinite().all():
+            raise UserError(f"{where} holds no finite numbers; its training has diverged, or the file is damaged")
+    elif type(value) is not type(example):
+        raise UserError(f"{where} is not of type {type(example).__name__}")
+
+
+def check_network(kind, part, where):
+    """Raise UserError unless the weights of a network in a file, {config, state}, fit its config. kind: its class."""
+    try:
+        with torch.device("meta"):  # a plan without memory, so that no file can ask for more than it holds
+            plan = kind(**part["config"])
+    except (UserError, TypeError, RuntimeError, OverflowError) as error:
+        raise UserError(f"{where}: cannot be built from its settings ({str(error).splitlines()[0]})") from error
+    check_like(part["state"], plan.state_dict(), where)
 
 
 def weights_of(file):
@@ -84,14 +115,9 @@ def load_generator(source, device="cpu", name="the model"):
     """
     file = source if isinstance(source, dict) else read_model_file(source)
     name = name if isinstance(source, dict) else source
-    try:
-        generator = Generator(**file["generator"]["config"])
-        generator.load_state_dict(weights_of(file))
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = str(error).rpartition("\n")[2].strip()  # torch lists what does not fit, a line each
-        raise UserError(f"{name} does not hold a generator that fits its own settings: {reason}") from error
-    if not all(tensor.isfinite().all() for tensor in generator.state_dict().values()):
-        raise UserError(f"{name} holds weights that are not finite; its training has diverged")
+    check_network(Generator, file["generator"] | {"state": weights_of(file)}, f"{name}: generator")
+    generator = Generator(**file["generator"]["config"])
+    generator.load_state_dict(weights_of(file))
     return generator.to(device).eval().requires_grad_(False)
 
 
@@ -100,7 +126,8 @@ def step_of(path):
 
     A number in any other name, such as mine_20240101.pt, is not a step, and that in generator_128.pt is a size.
     """
-    found = re.fullmatch(r"(?:checkpoint|generator)_(\d{6,})|generator_model_batch_(\d+)", path.stem)
+    name = path.name.split(".")[0]  # a download's goes on after .pt
+    found = re.fullmatch(r"(?:checkpoint|generator)_(\d{6,})|generator_model_batch_(\d+)", name)
     return int(found[1] or found[2]) if found else -1
 
 

@@ -63,16 +63,18 @@ class Output:
 def run_command(command, argv=None):
     """Call command(argv) and return the exit status of the script: 0, or what `command` returns.
 
-    A UserError ends it in one line with status 2, a lack of memory or a failed read or write with status 1, Ctrl-C
-    with status 130.
+    A UserError ends it in one line with status 2, a failed read or write, numbers that are not finite or a lack of
+    memory with status 1, Ctrl-C with status 130.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # a script has it so while it imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     script = re.sub(r".*[/\\]", "", sys.modules[command.__module__].__file__)
     with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)):
         try:
             return command(argv) or 0
         except UserError as error:
             status, message = 2, str(error)
-        except OSError as error:
+        except (OSError, FloatingPointError) as error:
             status, message = 1, str(error)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):

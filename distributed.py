@@ -1,15 +1,16 @@
-"""Several processes: torchrun starts one for each GPU, a rank, and each does all steps on its share of every batch.
+"""Several processes: torchrun starts one for each GPU, a rank, and each does every step on its share of the batch.
 
 Rank 0 alone decides, shows and writes. Without torchrun there is one rank, and nothing here does anything.
 """
 
+import contextlib
 import os
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 
 from command_line import UserError
 from device import pick_device
@@ -21,7 +22,6 @@ def is_distributed():
 
 
 def rank():
-    """Return this process's number: 0 .. world_size() - 1."""
     return dist.get_rank() if is_distributed() else 0
 
 
@@ -29,21 +29,21 @@ def world_size():
     return dist.get_world_size() if is_distributed() else 1
 
 
-def init():
-    """Join the other processes if torchrun started this one. Of ranks above 0 only errors are seen then."""
+@contextlib.contextmanager
+def joined_ranks():
+    """Join the other processes if torchrun started this one, and leave them together where all went well."""
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
+        yield
         return
     # With CUDA both: tensors on the GPU travel by NCCL, the small messages below, which are on the CPU, by gloo.
     has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo")
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
-
-
-def leave():
-    """Wait for all ranks and leave them: torchrun kills the others as soon as one has ended with a status."""
-    if is_distributed():
-        dist.barrier()
+    try:
+        yield
+        dist.barrier()  # torchrun kills the others as soon as one has ended with another status than 0
+    finally:
         dist.destroy_process_group()
 
 
@@ -79,20 +79,43 @@ def from_rank_0(function, *args):
 
 def one_rank_first(function):
     """Return function(), which one rank of each machine has called to its end before the others begin."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    result = function() if first else None
-    if is_distributed():
-        dist.barrier()
-    return result if first else function()
+    if not is_distributed():
+        return function()
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7))  # packing takes as long as it takes
+    result = function() if os.environ["LOCAL_RANK"] == "0" else None
+    dist.barrier(group)
+    return function() if result is None else result
 
 
 def mean_over_ranks(tensor):
     """Return the mean of a tensor over all ranks, with its gradient; all must call it, with the same shape."""
-    return all_reduce(tensor.contiguous()) / world_size() if is_distributed() else tensor
+    if not is_distributed():
+        return tensor
+    return dist.nn.functional.all_reduce(tensor.contiguous()) / world_size()
+
+
+@torch.no_grad()
+def average_over_ranks(tensors):
+    """Put in place of each tensor its mean over all ranks, in one message."""
+    if is_distributed():
+        flat = mean_over_ranks(torch.cat([tensor.flatten() for tensor in tensors]))
+        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def agree_on_stop(signals):
+    """Return the signal that ends the run after this step, whichever rank it reached; 0 if none did.
+
+    signals: the numbers of those that reached this rank. The message is on the CPU, so it never waits for the GPU.
+    """
+    number = torch.tensor(signals[0] if signals else 0)
+    if is_distributed():
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item()
 
 
 class BatchNormOverRanks(nn.BatchNorm2d):
-    """BatchNorm2d over the batches of all ranks: (N, C, H, W) -> (N, C, H, W). SyncBatchNorm refuses CPUs."""
+    """BatchNorm2d over the batches of all ranks: (N, C, H, W) -> (N, C, H, W). nn.SyncBatchNorm is for GPUs alone."""
 
     def forward(self, x):
         if not self.training:
@@ -112,28 +135,8 @@ class BatchNormOverRanks(nn.BatchNorm2d):
         return normed.to(x.dtype)
 
 
-def wrap(network):
-    """Let the BatchNorms in `network` see the batches of all ranks. Returns a wrapper that averages its gradients.
-
-    Its parameters and the names in its state dict stay the same.
-    """
-    if next(network.parameters()).is_cuda:
-        nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    else:
-        for module in network.modules():
-            if type(module) is nn.BatchNorm2d:
-                module.__class__ = BatchNormOverRanks  # it has the same state, and only computes it otherwise
-    wrapper = nn.parallel.DistributedDataParallel(network)
-    wrapper.broadcast_buffers = False  # every rank comes to the same buffers by itself
-    return wrapper
-
-
-def agree_on_stop(signals):
-    """Return the signal that ends the run after this step, whichever rank it reached; 0 if none did.
-
-    signals: the numbers of those that reached this rank. The message is on the CPU, so it never waits for the GPU.
-    """
-    number = torch.tensor(signals[0] if signals else 0)
-    if is_distributed():
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return number.item()
+def normalise_over_ranks(network):
+    """Let the BatchNorms in `network` see the batches of all ranks; the names in its state dict stay the same."""
+    for module in network.modules() if is_distributed() else ():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = BatchNormOverRanks  # it has the same state, and only computes it otherwise

@@ -16,12 +16,12 @@ import torch
 
 import metrics
 from checkpoints import generator_only, list_models, load_generator, read_model_file
-from command_line import Parser, UserError, filled_path, run_command
+from command_line import Parser, UserError, filled_path, is_out_of_memory, run_command
 from Dataset import SPLITS, epoch_order, open_data
 from device import pick_device, prepare
 from Interpolation import SEEDS, faces
 from pictures import draw_evolution, evenly, plot_curves, seed_faces, write
-from settings import add_flags
+from settings import add_flags, checked
 
 FEWEST = 2048  # images below which a distance says more about their number than about the model
 COUNTED = 1000  # images on which faces are counted, at most: the detector is the slowest part
@@ -107,7 +107,12 @@ class Table:
         row = {"model": str(path), "step": file.get("step"), "held out": held_out(file, self.data)}
         row |= self.judge(partial(faces, generator), z)
         if file.get("critic"):
-            row[CRITIC] = metrics.critic_gap(file, generator, self.data, self.indices, z, self.device)
+            try:
+                row[CRITIC] = metrics.critic_gap(file, generator, self.data, self.indices, z, self.device)
+            except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+                if is_out_of_memory(error):
+                    raise
+                print(f"{path}: its critic does not fit its own settings, and is not asked")
         self.rows.append(row)
         crop = (file.get("settings") or {}).get("crop", self.args.crop)
         if crop != self.args.crop:
@@ -118,10 +123,9 @@ class Table:
         mark = "*" if self.args.quick else ""
         kinds = {float: lambda x: f"{x:.3f}{mark}", int: "{:,}".format, type(None): lambda _: "-"}
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        rows = [map(row.get, columns) for row in self.rows]
-        cells = [columns] + [[kinds.get(type(value), str)(value) for value in row] for row in rows]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
+        rows = [[kinds.get(type(value), str)(value) for value in map(row.get, columns)] for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in (columns, *rows)]
         head = listed(self.protocol) + (f"; faces counted on {COUNTED:,} images at most" if self.detector else "")
         head += "; * too few images to be compared with other numbers" if mark else ""
         return "\n".join([head, lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -233,15 +237,14 @@ def export(path, target, force):
 
 def model_card(file, name, digest, note):
     """Return a short description of a lean file in Markdown: what it is, how it was made and is used."""
-    config, made_by = file["generator"]["config"], file["made_by"]
+    config, made_by, data = file["generator"]["config"], file["made_by"], file["made_by"].get("data")
     millions = sum(tensor.numel() for tensor in file["generator"]["state"].values()) / 1e6
     lines = [
         f"# {name.removesuffix('.pt')}",
         f"Generator of a Wasserstein GAN: {config['nz']} standard normal numbers -> a face of {config['size']} x "
-        f"{config['size']} pixels. {millions:.1f} million weights, step {file['step']}.",
-        "",
+        f"{config['size']} pixels. {millions:.1f} million weights, step {file['step']}.\n",
         f"- sha256: `{digest}`",
-        f"- trained on: {made_by.get('data')}",
+        f"- trained on: {listed(data) if isinstance(data, dict) else data}",
         "- made by: " + ", then ".join(f"`{line}`" for line in str(made_by.get("command")).splitlines()),
     ]
     if note:
@@ -256,22 +259,22 @@ def parse(argv=None):
     add = parser.add_argument
     add("models", nargs="+", type=filled_path, help="folders of runs, and model files")
     add("--out", type=filled_path, default="evaluation", metavar="DIR", help="folder for pictures and tables")
-    add("--checkpoints", type=int, default=12, help="of a run at most so many, evenly spread; 0: all")
+    add("--checkpoints", type=checked(int, "[0, inf)"), default=12, help="of a run at most so many, evenly; 0: all")
     add_flags(parser, "device")
     add = parser.add_argument_group("pictures").add_argument
-    add("--seeds", type=int, nargs="+", default=SEEDS, help="the faces that are followed")
+    add("--seeds", type=checked(int, "[0, 4294967295]"), nargs="+", default=SEEDS, help="the faces that are followed")
     add("--movie", choices=["gif", "mp4"], default="gif", help="format in which the faces emerge")
-    add("--fps", type=int, default=5, help="checkpoints a second in it")
+    add("--fps", type=checked(int, "[1, 50]"), default=5, help="checkpoints a second in it")
     add("--tag", default="loss/critic", help="scalar of the runs that is plotted")
     add("--figures-only", action="store_true", help="measure nothing")
     group = parser.add_argument_group("table")
     add_flags(group, "data", "split", "crop", "cache", "workers")
     add = group.add_argument
-    add("-n", "--samples", type=int, default=10_000, help="images of each model, and at most of the data")
+    add("-n", "--samples", type=checked(int, "[2, inf)"), default=10_000, help="images of each model and of the data")
     add("--floor-split", choices=[*SPLITS], help="where the real images of the first row come from, else from --split")
     add("--features", choices=[*metrics.METRICS], default="inception", help="inception: FID, KID; mobilenet_v2: FD, KD")
     add("--weights", type=filled_path, metavar="FILE", help="weights of the extractor, else they are downloaded")
-    add("--seed", type=int, default=0, help="chooses the latents that are measured")
+    add("--seed", type=checked(int, "[0, 4294967295]"), default=0, help="chooses the latents that are measured")
     add("--quick", action="store_true", help=f"allow fewer than {FEWEST} images, and mark the numbers")
     add = parser.add_argument_group("the best").add_argument
     add("--by", choices=["fid", "kid", "fd", "kd", "critic"], help="copy the best by this to --bests")
@@ -285,21 +288,19 @@ def parse(argv=None):
 
 def check(args):
     """Raise UserError for flags that cannot be met, before anything is computed."""
-    measured, fewest = metrics.METRICS[args.features], 2 if args.quick else FEWEST
     for path in args.models:
         if not path.exists():
             raise UserError(f"{path}: no such model file or run folder")
     if args.weights and not args.weights.is_file():
         raise UserError(f"--weights {args.weights}: no such file")
-    limits = {"fps": (1, 50), "checkpoints": (0, 10**9), "samples": (fewest, 10**9), "seed": (0, 2**32 - 1)}
-    for flag, (low, high) in limits.items():
-        if not low <= getattr(args, flag) <= high:
-            hint = "; fewer say little about a model, --quick allows them" if low == FEWEST else ""
-            raise UserError(f"--{flag} {getattr(args, flag)}: choose from {low} to {high}{hint}")
+    if args.samples < FEWEST and not args.quick:
+        raise UserError(f"--samples {args.samples}: fewer than {FEWEST} say little about a model; --quick allows them")
     if args.by and args.figures_only:
         raise UserError(f"--by {args.by}: nothing is measured with --figures-only; leave one of them out")
-    if args.by not in (None, "critic", *measured):
-        raise UserError(f"--by {args.by}: --features {args.features} measures {' and '.join(measured)}")
+    if args.by not in (None, "critic", *metrics.METRICS[args.features]):
+        raise UserError(
+            f"--by {args.by}: --features {args.features} measures {' and '.join(metrics.METRICS[args.features])}"
+        )
     if args.floor_split and args.split in ("all", args.floor_split):
         raise UserError(f"--floor-split {args.floor_split}: shares images with --split {args.split}; name another one")
     if args.export and len(args.models) > 1:
@@ -312,7 +313,7 @@ def evaluate(argv=None):
     check(args)
     device = pick_device(args.device)
     prepare(device)
-    # One group for each folder, and one for all model files that were named by themselves.
+    # A group for each folder, and one for all model files that were named by themselves.
     folders = name_folders([path for path in args.models if path.is_dir()])
     groups = {name: list_models(folder) for name, folder in folders.items()}
     if files := [path for path in args.models if not path.is_dir()]:

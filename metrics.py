@@ -94,9 +94,8 @@ def load_extractor(name, weights, device):
 
     weights: a file of its weights; None has its library download them. Raises UserError where either cannot be had.
     """
-    package, other = "torchvision", ""
-    if name == "inception":
-        package, other = "'torchmetrics[image]'", ", or use --features mobilenet_v2"
+    package = {"inception": "'torchmetrics[image]'", "mobilenet_v2": "torchvision"}[name]
+    other = ", or use --features mobilenet_v2" if name == "inception" else ""
     try:
         if name == "inception":
             from torchmetrics.image.fid import FrechetInceptionDistance
@@ -105,11 +104,10 @@ def load_extractor(name, weights, device):
         else:
             from torchvision.models import MobileNet_V2_Weights
 
-            published = MobileNet_V2_Weights.IMAGENET1K_V1
-            state = (
-                torch.load(weights, "cpu", weights_only=True) if weights else published.get_state_dict(check_hash=True)
-            )
-            network = MobileNetFeatures(state)
+            if weights:
+                network = MobileNetFeatures(torch.load(weights, "cpu", weights_only=True))
+            else:
+                network = MobileNetFeatures(MobileNet_V2_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True))
     except ImportError as error:
         raise UserError(f"--features {name}: needs `pip install {package}`{other}") from error
     except Exception as error:  # torch raises many types for a torn or foreign file

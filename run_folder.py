@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import threading
 from pathlib import Path
 
 import torch
@@ -18,25 +19,38 @@ NUMBERED = "[0-9][0-9][0-9][0-9]-*"  # the names that runs/ gives
 def save_checkpoint(content, out, keep):
     """Write checkpoint_STEP.pt and generator_STEP.pt into the folder `out`, then drop all but `keep` checkpoints.
 
-    content: the dict of a full checkpoint. Raises OSError, which says what is kept, where the disk is full.
+    content: the dict of a full checkpoint.
     """
     step = content["step"]
-    try:
-        for name, file in (("generator", generator_only(content)), ("checkpoint", content)):
-            with atomic_write(out / f"{name}_{step:06d}.pt") as temporary:
-                torch.save(file, temporary)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        whole = list_checkpoints(out)
-        raise OSError(
-            f"{out / f'checkpoint_{step:06d}.pt'} could not be written ({str(error).splitlines()[0]}); "
-            + (
-                f"make room and go on from {whole[0].name} with --resume {out}"
-                if whole
-                else "no earlier one is there; make room and start again"
-            )  # fmt: skip
-        ) from error
+    for name, file in (("generator", generator_only(content)), ("checkpoint", content)):
+        with atomic_write(out / f"{name}_{step:06d}.pt") as temporary, open(temporary, "wb") as opened:
+            torch.save(file, opened)
     for old in [path for path in list_checkpoints(out) if step_of(path) <= step][keep:]:
         old.unlink()
+
+
+@contextlib.contextmanager
+def telling_what_is_kept(out):
+    """Raise an OSError, such as that of a full disk, with one line: the file, what is kept in `out`, what to do."""
+    hook = threading.excepthook
+    # TensorBoard writes in a thread; what ends it is raised here at the next write.
+    threading.excepthook = lambda args: isinstance(args.exc_value, OSError) or hook(args)
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error
+        while cause.__context__ and not isinstance(cause, (OSError, KeyboardInterrupt)):
+            cause = cause.__context__  # torch.save raises a RuntimeError over what has stopped it
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+        if not isinstance(cause, OSError):
+            raise
+        whole = list_checkpoints(out)
+        kept = f"make room and go on with --resume {out} from step {step_of(whole[0])}" if whole else (
+            "no checkpoint is there yet: make room and start again")  # fmt: skip
+        raise OSError(f"{cause.filename or out}: {cause.strerror or cause}; {kept}") from error
+    finally:
+        threading.excepthook = hook
 
 
 def list_checkpoints(folder):
@@ -55,7 +69,7 @@ def newest_checkpoint(folder, check):
             check(file, path)
             return path, file
         except UserError as error:
-            print(f"Passing over a spoiled checkpoint: {error}")
+            print(f"Passing over a damaged checkpoint: {error}", flush=True)
     return None, None
 
 
@@ -87,9 +101,8 @@ def find_resume(resume, out, check):
         return folder, file
     path, file = newest_checkpoint(folder, check)
     if not file and (resume != "auto" or list_checkpoints(folder)):
-        raise UserError(
-            f"--resume {resume}: no checkpoint that can be read in {folder}; name a run's folder or a checkpoint_*.pt"
-        )
+        raise UserError(f"--resume {resume}: no checkpoint that can be read in {folder}; name a run's folder or a "
+                        "checkpoint_*.pt")  # fmt: skip
     return path, file
 
 
@@ -107,15 +120,23 @@ def new_run_folder(name):
 
 
 @contextlib.contextmanager
-def locked(out):
-    """Keep other trainings out of a run's folder; the operating system frees the lock when this process ends."""
+def locked(out, is_new):
+    """Make a run's folder and keep other trainings out; the operating system frees the lock when this process ends.
+
+    Raises UserError where another one holds it, or where one has trained since `out` was seen to be free for a new run.
+    """
+    out.mkdir(parents=True, exist_ok=True)
     lock, owner = FileLock(out / ".lock"), out / ".owner"
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout as error:
         by = owner.read_text() if owner.is_file() else "another process"
         raise UserError(f"--out {out}: {by} trains there already; stop it, or name another folder") from error
-    with lock:
+    with held:
+        if is_new and list_checkpoints(out):
+            raise UserError(f"--out {out}: another process has trained there meanwhile; go on with --resume {out}")
         owner.write_text(f"process {os.getpid()} on {platform.node()}")
-        yield
-        owner.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            owner.unlink(missing_ok=True)

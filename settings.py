@@ -2,20 +2,15 @@
 
 import argparse
 import dataclasses
-import math
 import os
+from typing import get_args
 
 from augmentation import POLICIES
-from checkpoints import read_model_file, weights_of
 from command_line import Parser, UserError
 from Critic import BLOCKS as CRITIC_BLOCKS
-from Critic import NORMS
+from Critic import NO_BATCH_NORM, NORMS
 from Generator import BLOCKS, SIZES, check_parts, check_size
-from run_folder import find_resume
 
-CROPS = ("center", "squash")
-SPLITS = ("train", "val", "test")
-LOSSES = ("wgan-gp", "wgan")
 PRESETS = {
     # What the report's published models were trained with.
     "report": {
@@ -30,227 +25,210 @@ PRESETS = {
         "steps": 1500, "log_every": 25, "sample_every": 100, "checkpoint_every": 500,
     },
 }  # fmt: skip
+# Names and values of earlier versions, which old checkpoints hold and old commands may use.
+OLD_NAMES = {"lipschitz": ["loss"], "gp": ["gp_weight"], "clip": ["clip_value"], "blocks": ["blocks_g", "blocks_d"]}
+OLD_LOSSES = {"gp": "wgan-gp", "clip": "wgan"}
+# With what a checkpoint was trained that is from before these settings came.
+BEFORE = {"blocks_g": "plain", "blocks_d": "plain", "attention": 0, "grow_from": None, "start_from": None,
+          "fade_steps": 2000, "augment": [], "critic": "pixel", "projected_share": 0.5,
+          "reuse_fakes": False}  # fmt: skip
 
 
-def checked(kind, low=None, above=None, below=None):
-    """Return a type for argparse: a text that is not empty, or a number within bounds."""
+def setting(default, help, within=None, resume="frozen", group=None, **flag):
+    """Declare a field of Settings; its name is that of the flag.
 
-    def parse(text):
-        if kind is str:
-            if not text:
-                raise argparse.ArgumentTypeError(
-                    "is empty; leave the flag out, or name something (is a variable not set?)"
-                )
-            return text
-        value = kind(text)
-        if not (low is None or value >= low) or not (above is None or value > above) or not value < (below or math.inf):
-            bounds = {"at least": low, "above": above, "below": below}
-            bounds = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
-            raise argparse.ArgumentTypeError(f"{text}: must be {bounds or 'finite'}")
-        return value
-
-    parse.__name__ = "number" if kind is float else "whole number"  # what argparse calls it
-    return parse
-
-
-def setting(default, help, kind=None, group="training", resume="frozen", low=None, above=None, below=None, **flag):
-    """Declare a field of Settings.
-
-    kind: type of the value, or of each of a list, if the default does not tell it.
-    resume: "frozen", a resumed run cannot change it; "free", it can, else goes on with it; "new", it is told anew.
-    low, above, below: bounds of a number.  flag: more arguments of argparse.
+    within: bounds of a number in interval notation, "[0, 1)".  group: begins a group of --help.
+    resume: "frozen": a resumed run keeps what its checkpoint has; "free": unless it is told otherwise; "anew": it is
+    told anew.  flag: more arguments of argparse.
     """
-    kind = kind or type(default)
-    flag = (
-        {"action": argparse.BooleanOptionalAction}
-        if kind is bool
-        else flag | {"type": checked(kind, low, above, below)}
-    )
-    metadata = {"group": group, "resume": resume, "flag": flag | {"help": help}}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=default.copy, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    metadata = {"help": help, "within": within, "resume": resume, "group": group, "flag": flag}
+    return dataclasses.field(default_factory=lambda: default[:] if type(default) is list else default,
+                             metadata=metadata)  # fmt: skip
 
 
 # fmt: off
 @dataclasses.dataclass
 class Settings:
-    preset: str = setting(None, "report: the report's recipe; quick: five minutes on a laptop's CPU; flags win over it",
-        str, "start", "new", choices=list(PRESETS))
-    resume: str = setting(None, "go on from a checkpoint or run folder; latest: the newest in --out or, without it, "
-        "in runs/; auto: the same where there is one, else start", str, "start", "new", metavar="PATH|latest|auto")
-    grow_from: str = setting(None, "checkpoint of half the --size: take its networks over, and grow each by a block",
-        str, "start", metavar="PATH")
-    start_from: str = setting(None, "model to adapt to other images: a new run from step 0 with its networks", str,
-        "start", metavar="PATH")
-    data: list = setting(None, "zips or folders of images, or 'drawn' for the built-in drawn faces; without it CelebA "
-        "from data/, else drawn faces", str, "images", "free", nargs="+", metavar="PATH")
-    split: str = setting("all", "part of CelebA's list_eval_partition", str, "images", choices=["all", *SPLITS])
-    crop: str = setting("center", "center: cut the central square; squash: resize the whole image to one, as the "
-        "report did", str, "images", choices=CROPS)
-    cache: str = setting(None, "folder of the packed images, else they lie beside the data", str, "images", "free",
-        metavar="DIR")
-    workers: int = setting(os.cpu_count() or 1, "threads that decode images when packing", int, "images", "new", low=1)
-    flip: bool = setting(True, "mirror half of the images", bool, "images")
-    augment: list = setting([], "change all that a critic sees, real or not; some of " + ", ".join(POLICIES), str,
-        "images", nargs="*", choices=POLICIES, metavar="POLICY")
-    size: int = setting(128, "side of the images in pixels", int, "networks", choices=SIZES)
-    nz: int = setting(100, "length of the latent vector", int, "networks", low=1, below=5000)
-    ngf: int = setting(64, "width of the generator: its channels at 64x64", int, "networks", low=1, below=2000)
-    ndf: int = setting(64, "width of the critic: its channels at 64x64", int, "networks", low=1, below=2000)
-    blocks_g: str = setting("plain", "the generator's. plain: transposed convolutions, the report's; residual: two "
-        "resized ones; modulated: the same, steered by the latent", str, "networks", choices=list(BLOCKS))
-    blocks_d: str = setting("plain", "the critic's", str, "networks", choices=list(CRITIC_BLOCKS))
-    stem_norm: bool = setting(True, "BatchNorm and ReLU after the generator's linear layer", bool, "networks")
-    norm: str = setting("layer", "the critic's normalisation; batch only with --loss wgan", str, "networks",
-        choices=NORMS)
-    attention: int = setting(0, "resolution of a self-attention layer in both networks; 0: none", int, "networks",
-        metavar="R")
+    preset: str = setting(None, "report: the report's recipe; quick: five minutes on a laptop's CPU; a flag beside it "
+        "wins", resume="anew", group="start", choices=list(PRESETS))
+    resume: str = setting(None, "go on from a checkpoint or run folder; latest: the newest in --out or, without it, in "
+        "runs/; auto: the same where there is one, else start", resume="anew", metavar="PATH|latest|auto")
+    grow_from: str = setting(None, "checkpoint of half the --size: take over its networks and grow each by a block",
+        metavar="PATH")
+    start_from: str = setting(None, "model to adapt to other images: a new run from step 0 with its networks",
+        metavar="PATH")
+    data: list[str] = setting(None, "zips or folders of images, or 'drawn' for the built-in drawn faces; without it "
+        "CelebA from data/, else drawn faces", resume="free", group="images", nargs="+", metavar="PATH")
+    split: str = setting("all", "part of CelebA's list_eval_partition", choices=["all", "train", "val", "test"])
+    crop: str = setting("center", "center: cut the central square; squash: resize all of it, as the report did",
+        choices=["center", "squash"])
+    cache: str = setting(None, "folder of the packed images, else beside the data", resume="free", metavar="DIR")
+    workers: int = setting(os.cpu_count() or 1, "threads that decode images when packing", "[1, 1024]", resume="anew")
+    flip: bool = setting(True, "mirror half of the images")
+    augment: list[str] = setting([], "change all that a critic sees, real or not; some of " + ", ".join(POLICIES),
+        nargs="*", choices=POLICIES, metavar="POLICY")
+    size: int = setting(128, "side of the images in pixels", group="networks", choices=SIZES)
+    nz: int = setting(100, "length of the latent vector", "[1, 4096]")
+    ngf: int = setting(64, "width of the generator: its channels at 64x64", "[1, 1024]")
+    ndf: int = setting(64, "width of the critic: its channels at 64x64", "[1, 1024]")
+    blocks_g: str = setting("plain", "the generator's. plain: the report's transposed convolutions; residual: two "
+        "resized ones; modulated: the same, steered by the latent", choices=list(BLOCKS))
+    blocks_d: str = setting("plain", "the critic's", choices=list(CRITIC_BLOCKS))
+    stem_norm: bool = setting(True, "BatchNorm and ReLU after the generator's linear layer")
+    norm: str = setting("layer", "the critic's normalisation; batch only with --loss wgan", choices=NORMS)
+    attention: int = setting(0, "resolution of a self-attention layer in both networks; 0: none", metavar="R")
     critic: str = setting("pixel", "projected: it sees features of a frozen, pretrained network (needs timm); both: "
-        "that and the pixel critic", str, "networks", "free", choices=["pixel", "projected", "both"])
+        "that and the pixel critic", resume="free", choices=["pixel", "projected", "both"])
     projected_share: float = setting(0.5, "the projected critic's part of the generator's gradient with --critic both",
-        resume="free", low=0, below=1.001)
-    steps: int = setting(100_000, "total number of steps, those before a resume included", resume="free", low=1)
-    batch_size: int = setting(32, "images in a batch, that of all processes together", low=1)
-    n_critic: int = setting(1, "critic updates in a step", low=1)
+        "[0, 1]", resume="free")
+    steps: int = setting(100_000, "total number of steps, those before a resume included", "[1, 1e12]", resume="free",
+        group="training")
+    batch_size: int = setting(32, "images in a batch, that of all processes together", "[1, 65536]")
+    n_critic: int = setting(1, "critic updates in a step", "[1, 1000]")
     reuse_fakes: bool = setting(True, "the generator learns on the images of the last critic update, not on new ones")
-    loss: str = setting("wgan-gp", "Wasserstein loss with a gradient penalty, or with clipped weights", choices=LOSSES)
-    gp_weight: float = setting(10.0, "factor of the gradient penalty", low=0)
-    clip_value: float = setting(0.01, "bound of the critic's weights with --loss wgan", above=0)
+    loss: str = setting("wgan-gp", "Wasserstein loss with a gradient penalty, or with clipped weights",
+        choices=["wgan-gp", "wgan"])
+    gp_weight: float = setting(10.0, "factor of the gradient penalty", "[0, inf)")
+    clip_value: float = setting(0.01, "bound of the critic's weights with --loss wgan", "(0, inf)")
     optimizer: str = setting("adam", "for both networks", choices=["adam", "rmsprop"])
-    betas: list = setting([0.0, 0.9], "Adam's decay rates", float, nargs=2, low=0, below=1)
-    lr_g: float = setting(2e-4, "learning rate of the generator", above=0)
-    lr_d: float = setting(4e-4, "learning rate of the critic", above=0)
-    ema: float = setting(0.999, "decay of the moving average of the generator's weights; 0: none", low=0, below=1)
-    fade_steps: int = setting(2000, "steps over which the blocks of --grow-from are faded in", low=0)
+    betas: list[float] = setting([0.0, 0.9], "Adam's decay rates", "[0, 1)", nargs=2)
+    lr_g: float = setting(2e-4, "learning rate of the generator", "(0, inf)")
+    lr_d: float = setting(4e-4, "learning rate of the critic", "(0, inf)")
+    ema: float = setting(0.999, "decay of the moving average of the generator's weights; 0: none", "[0, 1)")
+    fade_steps: int = setting(2000, "steps over which the blocks of --grow-from are faded in", "[0, 1e12]")
     precision: str = setting("auto", "auto: bf16 where the device is faster in it", choices=["auto", "fp32", "bf16"])
-    seed: int = setting(0, "chooses initial weights, order of the images, latents and flips", low=0, below=2**32)
-    out: str = setting(None, "the run's folder, else runs/ and the next number", str, "run", "new", metavar="DIR")
-    device: str = setting("auto", "auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:N or mps", str, "run", "new")
-    checkpoint_every: int = setting(6000, "steps between checkpoints; each keeps the generator", int, "run", "free",
-        low=1)
-    keep: int = setting(2, "full checkpoints kept; generators are all kept", int, "run", "free", low=1)
-    log_every: int = setting(50, "steps between scalars", int, "run", "free", low=1)
-    sample_every: int = setting(1000, "steps between sample grids", int, "run", "free", low=1)
-    dry_run: bool = setting(False, "print parameters, memory, disk and expected hours, and stop", bool, "run", "new")
+    seed: int = setting(0, "chooses initial weights, order of the images, latents and flips", "[0, 4294967295]")
+    out: str = setting(None, "the run's folder, else a new one in runs/", resume="anew", group="run", metavar="DIR")
+    device: str = setting("auto", "auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:N or mps", resume="anew")
+    checkpoint_every: int = setting(6000, "steps between checkpoints; generators are kept", "[1, 1e12]", resume="free")
+    keep: int = setting(2, "full checkpoints kept; generators are all kept", "[1, 1e12]", resume="free")
+    log_every: int = setting(50, "steps between scalars", "[1, 1e12]", resume="free")
+    sample_every: int = setting(1000, "steps between sample grids", "[1, 1e12]", resume="free")
+    dry_run: bool = setting(False, "print parameters, memory, disk and expected hours, and stop", resume="anew")
 # fmt: on
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
-# Names of earlier versions, which old checkpoints hold and old commands may use.
-RENAMED = {"lipschitz": "loss", "gp": "gp_weight", "clip": "clip_value", "blocks": "blocks_g"}
-OLD_LOSSES = {"gp": "wgan-gp", "clip": "wgan"}
 
 
 def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def fault(value, kind, within=None, choices=None):
+    """Return what is wrong with a value that should be of a type, and perhaps in an interval or a choice; else None."""
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        return f"{value}: is not of type {kind.__name__}"
+    if value == "":
+        return "is empty; is a shell variable not set?"
+    if choices and value not in choices:
+        return f"{value}: choose one of {', '.join(map(str, choices))}"
+    if within:
+        low, high = map(float, within[1:-1].split(","))
+        if not low <= value <= high or value == low and "(" in within or value == high and ")" in within:
+            return f"{value}: does not lie in {within}"
+    return None
+
+
+def checked(kind, within=None, choices=None):
+    """Return a type for argparse: a text that is not empty, or a number in an interval such as "[0, 1)"."""
+
+    def read(text):
+        value = kind(text)
+        if problem := fault(value, kind, within, choices):
+            raise argparse.ArgumentTypeError(problem)
+        return value
+
+    read.__name__ = {int: "whole number", float: "number"}.get(kind, "text")  # in argparse's own errors
+    return read
+
+
+def rules_of(name):
+    """Return (type, interval or None, choices or None) of a setting's value, or of each of its values."""
+    field = FIELDS[name]
+    return (*get_args(field.type), field.type)[0], field.metadata["within"], field.metadata["flag"].get("choices")
+
+
 def add_flags(parser, *names):
-    """Declare the flags of the named settings on an argparse parser or group."""
-    defaults = vars(Settings())
-    for name in names:
-        parser.add_argument(flag(name), default=defaults[name], **FIELDS[name].metadata["flag"])
+    """Declare the flags of the named settings, of all of them without names, on an argparse parser or group."""
+    group = parser
+    for name, field in FIELDS.items():
+        if field.metadata["group"] and not names:
+            group = parser.add_argument_group(field.metadata["group"])
+        if name in names or not names:
+            options = field.metadata["flag"] | {"type": checked(*rules_of(name))}
+            options = {"action": argparse.BooleanOptionalAction} if field.type is bool else options
+            group.add_argument(flag(name), default=field.default_factory(), help=field.metadata["help"], **options)
 
 
 def parse(argv):
-    """Return {name: value} of the settings that the flags in `argv` give. Raises UserError for one that cannot be."""
+    """Return {name: value} of the settings that the flags in `argv` give."""
     parser = Parser("Train a Wasserstein GAN on faces. A step is one update of the generator.")
-    groups = {}
-    for name, field in FIELDS.items():
-        group = field.metadata["group"]
-        add_flags(groups.setdefault(group, parser.add_argument_group(group)), name)
-    for old, new in RENAMED.items():
-        options = FIELDS[new].metadata["flag"] | {"help": argparse.SUPPRESS}
-        if new == "loss":
-            options |= {"choices": [*OLD_LOSSES, *LOSSES]}
-        parser.add_argument(flag(old), default=argparse.SUPPRESS, **options)
-    silent = object()  # argparse leaves alone what a namespace already has, so what is no longer silent was given
-    parsed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(FIELDS, silent))))
-    return renamed({name: value for name, value in parsed.items() if value is not silent})
+    add_flags(parser)
+    for old, (name, *_) in OLD_NAMES.items():
+        kind, within, choices = rules_of(name)
+        choices = [*choices, *OLD_LOSSES] if name == "loss" else choices
+        parser.add_argument(flag(old), type=checked(kind, within, choices), help=argparse.SUPPRESS)
+    # argparse leaves alone what a namespace already has, so what is no longer None was given.
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(FIELDS))))
+    return renamed({name: value for name, value in given.items() if value is not None})
 
 
 def renamed(settings):
-    """Return settings {name: value} under the names of this version; other names than settings' are dropped."""
-    settings = dict(settings)
-    if "blocks" in settings:  # was one for both networks
-        settings.setdefault("blocks_d", settings["blocks"])
-    for old, new in RENAMED.items():
-        if old in settings:
-            settings[new] = settings.pop(old)
-    if settings.get("loss") in OLD_LOSSES:
-        settings["loss"] = OLD_LOSSES[settings["loss"]]
-    return {name: value for name, value in settings.items() if name in FIELDS}
+    """Return {name: value} under today's names; those that are no more are dropped."""
+    new = {name: settings[old] for old, names in OLD_NAMES.items() if old in settings for name in names}
+    new |= {name: value for name, value in settings.items() if name in FIELDS}
+    return new | ({"loss": OLD_LOSSES.get(str(new["loss"]), new["loss"])} if "loss" in new else {})
 
 
-def saved_settings(file, path):
-    """Return {name: value} of the settings in a checkpoint, once they passed the checks of flags; raises UserError.
+def saved_settings(saved, path):
+    """Return {name: value} of the settings in a checkpoint that a resumed run goes on with, under today's names.
 
-    A file from before a setting came was trained with what is its default now, but for reuse_fakes.
+    Raises UserError where one is missing, or could not have been given as a flag.
     """
-    argv = []
-    for name, value in renamed({"reuse_fakes": False} | (file.get("settings") or {})).items():
-        if isinstance(value, bool):
-            argv.append(flag(name) if value else f"--no-{flag(name)[2:]}")
-        elif value is not None:
-            argv += [flag(name), *(map(str, value) if isinstance(value, (list, tuple)) else [str(value)])]
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} is damaged: its settings are no table")
+    values, kept = BEFORE | renamed(saved), {}
+    for name, field in FIELDS.items():
+        if field.metadata["resume"] == "anew":
+            continue
+        if name not in values:
+            raise UserError(f"{path} is damaged: its settings lack {flag(name)}")
+        kept[name] = value = values[name]
+        default, count = field.default_factory(), field.metadata["flag"].get("nargs")
+        parts = [] if value is None and default is None else value if count else [value]
+        if type(parts) is not list or count == 2 and len(parts) != 2:
+            raise UserError(f"{path} is damaged: its {flag(name)} is {value}")
+        if problem := next(filter(None, (fault(part, *rules_of(name)) for part in parts)), None):
+            raise UserError(f"{path} is damaged: its {flag(name)} {problem}")
     try:
-        return parse(argv)
+        check_together(Settings(**kept))
     except UserError as error:
-        raise UserError(f"{path} holds settings that no run can have: {error}") from error
+        raise UserError(f"{path} is damaged: {error}") from error
+    return kept
 
 
-def read_settings(argv, check):
-    """Return (Settings, checkpoint or None, its path or None): defaults < preset < checkpoint < given flags.
+def combine(given, path=None, saved=None, architecture=None):
+    """Return Settings: defaults < preset < checkpoint < given flags. Raises UserError where they contradict each other.
 
-    Raises UserError for settings that are impossible or contradict the checkpoint.
+    given: {name: value} of the flags.  path: of the checkpoint of a resume, saved: its saved_settings.
+    architecture: the settings that the file of --grow-from or --start-from decides instead.
     """
-    given = parse(argv)
     asked = PRESETS.get(given.get("preset"), {}) | given
-    path, checkpoint = find_resume(given.get("resume"), given.get("out"), check)
-    saved = {}
-    if checkpoint:
-        saved = vars(Settings()) | saved_settings(checkpoint, path)
-        saved = {name: value for name, value in saved.items() if FIELDS[name].metadata["resume"] != "new"}
-        for name, value in asked.items():
-            frozen = FIELDS[name].metadata["resume"] == "frozen" and (name, value) != ("precision", "auto")
-            if frozen and saved[name] != value:
-                raise UserError(
-                    f"{flag(name)} {value}: the run in {path} was trained with {flag(name)} {saved[name]}; "
-                    "leave the flag out to go on, or start a new run with another --out"
-                )
-    elif "grow_from" in asked or "start_from" in asked:
-        asked |= settings_of_file(asked, "grow_from" if "grow_from" in asked else "start_from")
+    for name, value in asked.items() if saved else ():
+        frozen = FIELDS[name].metadata["resume"] == "frozen" and (name, value) != ("precision", "auto")
+        if frozen and saved[name] != value:
+            raise UserError(f"{flag(name)} {value}: the run in {path} was trained with {flag(name)} {saved[name]}; "
+                            "leave the flag out to go on, or start a new run with another --out")  # fmt: skip
+    for name, value in (architecture or {}).items():
+        if given.get(name, value) != value:
+            source = given.get("grow_from") or given.get("start_from")
+            raise UserError(f"{flag(name)} {given[name]}: {source} gives {flag(name)} {value}; leave the flag out")
     free = {name: value for name, value in given.items() if FIELDS[name].metadata["resume"] != "frozen"}
-    settings = Settings(**(asked | saved | free))
+    settings = Settings(**(asked | (architecture or {}) | (saved or {}) | free))
     settings.out = given.get("out") or (str(path.parent) if path else None)
     check_together(settings)
-    return settings, checkpoint, path
-
-
-def settings_of_file(given, source):
-    """Return the settings that the file of --grow-from or --start-from decides: its architecture, grown or as it is.
-
-    Raises UserError where a given flag contradicts them, or the file cannot be grown.
-    """
-    path = given[source]
-    file = read_model_file(path)
-    config = dict(file["generator"]["config"])
-    config["blocks_g"] = config.pop("blocks", "plain")
-    if file.get("critic"):
-        config |= {"blocks_d": file["critic"]["config"]["blocks"], "ndf": file["critic"]["config"]["ndf"],
-                   "norm": file["critic"]["config"]["norm"]}  # fmt: skip
-    if source == "grow_from":
-        if not file.get("critic"):
-            raise UserError(f"--grow-from {path}: holds no critic; take a checkpoint_*.pt")
-        if weights_of(file).get("fade", 1) < 1:
-            raise UserError(f"--grow-from {path}: is itself still fading in; train it beyond its --fade-steps first")
-        config["size"] *= 2
-    config = {name: value for name, value in config.items() if name in FIELDS}
-    for name, value in config.items():
-        if given.get(name, value) != value:
-            raise UserError(f"{flag(name)} {given[name]}: {flag(source)} {path} gives {flag(name)} {value}")
-    return config
+    return settings
 
 
 def check_together(settings):
@@ -259,7 +237,6 @@ def check_together(settings):
     check_size("ndf", settings.ndf, settings.size)
     check_parts(settings.size, settings.blocks_g, settings.attention, bool(settings.grow_from))
     if settings.loss == "wgan-gp" and settings.norm == "batch":
-        raise UserError(
-            "--norm batch: the gradient penalty is about each image alone, and BatchNorm makes every score depend on "
-            "the whole batch; use --norm layer or none, or --loss wgan"
-        )
+        raise UserError(NO_BATCH_NORM)
+    if settings.grow_from and settings.start_from:
+        raise UserError("--start-from: a run starts from one model; leave out --grow-from")

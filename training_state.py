@@ -1,4 +1,4 @@
-"""All that a training changes, how it is built, saved and restored."""
+"""All that a training changes: how it is built, saved in a checkpoint, checked when it is read, and restored."""
 
 import copy
 import dataclasses
@@ -6,16 +6,18 @@ import dataclasses
 import torch
 from torch import nn
 
-from checkpoints import FORMAT, weights_of
+from checkpoints import FORMAT, check_like, check_network, read_model_file, weights_of
 from command_line import UserError
 from Critic import Critic
-from distributed import is_distributed, wrap
+from distributed import normalise_over_ranks
 from Generator import Generator
-from settings import Settings, saved_settings
+from run_folder import find_resume
+from settings import Settings, combine, parse, saved_settings
 
 HEADS = {"lr": 2e-4, "betas": (0.0, 0.99)}  # Adam of the projected critic's heads (Sauer et al. 2021)
 NETWORKS = ("generator", "critic", "projected")
 OPTIMIZERS = ("optim_g", "optim_d", "optim_p")
+MADE_BY = {"command": "", "data": {"name": "", "fingerprint": "", "images": 0}}  # what a resume reads of it
 
 
 @dataclasses.dataclass
@@ -30,9 +32,6 @@ class State:
     optim_d: torch.optim.Optimizer | None
     optim_p: torch.optim.Optimizer | None
     step: int = 0
-    # The networks again, wrapped to average their gradients over the ranks, where there are several. What is saved are
-    # the networks themselves: so a file does not tell how many ranks wrote it.
-    ddp: dict = dataclasses.field(default_factory=dict)
 
 
 def build_state(settings, device):
@@ -49,6 +48,7 @@ def build_state(settings, device):
         projected = ProjectedCritic(s.size)
     for network in filter(None, (generator, critic, projected)):
         network.to(device, memory_format=torch.channels_last)
+        normalise_over_ranks(network)
     ema = copy.deepcopy(generator).eval().requires_grad_(False) if s.ema else None
     fused = torch.device(device).type in ("cpu", "cuda")
 
@@ -58,44 +58,11 @@ def build_state(settings, device):
         return network and torch.optim.Adam(network.parameters(), lr, tuple(s.betas), fused=fused)
 
     heads = projected and torch.optim.Adam(projected.heads.parameters(), **HEADS, fused=fused)
-    state = State(generator, ema, critic, projected, optimizer(generator, s.lr_g), optimizer(critic, s.lr_d), heads)
-    if is_distributed():
-        state.ddp = {name: wrap(getattr(state, name)) for name in ("generator", "critic") if getattr(state, name)}
-        state.ddp |= {"heads": wrap(projected.heads)} if projected else {}
-    return state
-
-
-def check_checkpoint(file, path):
-    """Raise UserError unless a run can go on from the dict of a model file: all parts there, of the right shapes."""
-    settings = Settings(**saved_settings(file, path))
-    if "optim_g" not in file:
-        raise UserError(f"{path} holds a generator alone; resume from a checkpoint_*.pt")
-    with torch.device("meta"):  # a plan without memory
-        plan = build_state(dataclasses.replace(settings, critic="pixel", device="cpu"), "meta")
-        for optimizer in (plan.optim_g, plan.optim_d):
-            for parameter in optimizer.param_groups[0]["params"]:
-                parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()  # makes its state
-    made_by = {"command": "", "data": {"name": "", "fingerprint": "", "images": 0}}
-    plan = content_of(plan, {}, made_by)
-
-    def parts(content):
-        wanted = {"step": content["step"], "rng": content["rng"]["torch"], "command": content["made_by"]["command"]}
-        wanted |= {"data": content["made_by"]["data"], "ema": content["ema"]}
-        for network, optimizer in (("generator", "optim_g"), ("critic", "optim_d")):
-            if file[network]:
-                wanted |= {network: content[network]["state"], optimizer: content[optimizer]["state"]}
-        return wanted
-
-    try:
-        found = parts(file)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: it lacks {error}") from error
-    check_like(found, parts(plan), path)
+    return State(generator, ema, critic, projected, optimizer(generator, s.lr_g), optimizer(critic, s.lr_d), heads)
 
 
 def content_of(state, settings, made_by):
-    """Return a full checkpoint of a Trainloop.State as a dict of plain tensors and plain types.
+    """Return a full checkpoint as a dict of plain tensors and plain types.
 
     settings: a dict.  made_by: a dict about command, versions and data.
     """
@@ -109,8 +76,91 @@ def content_of(state, settings, made_by):
     return content | {"rng": {"torch": torch.get_rng_state()}}
 
 
+def check_checkpoint(file, path):
+    """Raise UserError unless a run can go on from the dict of a model file: all parts there, of the right shapes."""
+    if "optim_g" not in file:
+        raise UserError(f"{path} holds a generator alone; resume from a checkpoint_*.pt")
+    settings = Settings(**saved_settings(file.get("settings"), path))
+    names = ["generator", "ema", "optim_g", "made_by", "rng"] + ["critic", "optim_d"] * (settings.critic != "projected")
+    settings.critic = "pixel"  # the other one's shapes are those of a network that is not in the file
+    with torch.device("meta"):  # a plan without memory
+        plan = build_state(settings, "meta")
+        for optimizer in (plan.optim_g, plan.optim_d):
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()  # makes its state
+    plan = content_of(plan, {}, MADE_BY)
+    for name in names:
+        value, example = file.get(name), plan[name]
+        if isinstance(value, dict) and name == "made_by":  # which tells of other things, too
+            value = {key: value.get(key) for key in MADE_BY}
+        if isinstance(value, dict) and "state" in example:  # all else there follows from the settings
+            value, example = value.get("state"), example["state"]
+        check_like(value, example, f"{path}: {name}")
+    try:
+        torch.Generator().set_state(file["rng"]["torch"])
+    except RuntimeError as error:
+        raise UserError(f"{path}: rng is not a state of torch's random numbers") from error
+
+
+def read_settings(argv=None):
+    """Return (Settings, checkpoint or None, its path or None) of a command line.
+
+    Raises UserError for settings that are impossible or contradict the checkpoint they go on from.
+    """
+    given = parse(argv)
+    path, file = find_resume(given.get("resume"), given.get("out"), check_checkpoint)
+    if file:
+        return combine(given, path, saved_settings(file["settings"], path)), file, path
+    for name in ("grow_from", "start_from"):
+        if name in given:
+            return combine(given, architecture=architecture_of(given[name], name == "grow_from")), None, None
+    return combine(given), None, None
+
+
+def architecture_of(path, grows):
+    """Return the settings that the file of --start-from decides, or of --grow-from: its own at twice the size."""
+    file = read_model_file(path)
+    check_network(Generator, file["generator"], f"{path}: generator")
+    config = file["generator"]["config"] | {"blocks_g": file["generator"]["config"].get("blocks", "plain")}
+    if file.get("critic"):
+        check_network(Critic, file["critic"], f"{path}: critic")
+        theirs = file["critic"]["config"]
+        config |= {name: theirs[name] for name in ("ndf", "norm") if name in theirs}
+        config["blocks_d"] = theirs.get("blocks", "plain")
+    if grows:
+        if not file.get("critic"):
+            raise UserError(f"--grow-from {path}: holds no critic; take a checkpoint_*.pt")
+        if file["generator"]["state"].get("fade", 1) < 1:
+            raise UserError(f"--grow-from {path}: is itself still fading in; train it beyond its --fade-steps first")
+        config["size"] *= 2
+    names = ("size", "nz", "ngf", "ndf", "blocks_g", "blocks_d", "stem_norm", "norm", "attention")
+    return {name: config[name] for name in names if name in config}
+
+
+def take_over(state, file, path, grows):
+    """Load the networks of a model file into a new State; where it grows, the blocks of the new size stay new.
+
+    Raises UserError where the networks do not fit.
+    """
+    size = state.generator.size
+    new = {f"up.{size}", f"to_rgb.{size}", f"from_rgb.{size}", f"down.{size // 2}", "fade"} if grows else {"fade"}
+    raw, average = file["generator"]["state"], weights_of(file)
+    parts = [(state.generator, raw), (state.ema, average), (state.critic, (file.get("critic") or {}).get("state"))]
+    for network, weights in parts:
+        if network is None or weights is None:
+            continue
+        try:
+            missing, _ = network.load_state_dict(weights, strict=False)
+        except RuntimeError as error:  # shapes that differ
+            raise UserError(f"{path} does not fit: {str(error).splitlines()[-1].strip()}") from error
+        lost = [key for key in missing if ".".join(key.split(".")[:2]) not in new]
+        if lost:
+            raise UserError(f"{path} does not fit: it lacks {', '.join(lost)}")
+
+
 def restore(state, file):
-    """Load a full checkpoint into a Trainloop.State. A critic that came to the run later starts fresh."""
+    """Load a full checkpoint into a State. A critic that came to the run later starts fresh."""
     for name in NETWORKS:
         if getattr(state, name) and file.get(name):
             getattr(state, name).load_state_dict(file[name]["state"])
@@ -122,43 +172,3 @@ def restore(state, file):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": file[name]["state"]})
     torch.set_rng_state(file["rng"]["torch"])
     state.step = file["step"]
-
-
-def take_over(state, file, path, grown=()):
-    """Load the networks of a model file into the new State of --start-from, or of --grow-from.
-
-    grown: parts, such as "up.256", that the file's networks cannot have and that stay new.
-    Raises UserError where the networks do not fit.
-    """
-    raw, average = file["generator"]["state"], weights_of(file)
-    parts = [(state.generator, raw), (state.ema, average), (state.critic, (file.get("critic") or {}).get("state"))]
-    for network, weights in parts:
-        if network is None or weights is None:
-            continue
-        try:
-            missing, _ = network.load_state_dict(weights, strict=False)
-        except RuntimeError as error:  # shapes that differ
-            raise UserError(f"{path} does not fit: {str(error).splitlines()[-1].strip()}") from error
-        lost = [key for key in missing if ".".join(key.split(".")[:2]) not in (*grown, "fade")]
-        if lost:
-            raise UserError(f"{path} does not fit: it lacks {', '.join(lost)}")
-
-
-def check_like(value, example, where):
-    """Raise UserError unless `value`, from a file, is built as `example` is: keys, types, shapes. where: its name."""
-    if isinstance(example, dict):
-        wrong = not isinstance(value, dict) or value.keys() != example.keys()
-        parts = [] if wrong else [(value[key], example[key], f"{where}.{key}") for key in example]
-    elif isinstance(example, (list, tuple)):
-        wrong = not isinstance(value, (list, tuple)) or len(value) != len(example)
-        parts = [] if wrong else [(v, e, f"{where}.{i}") for i, (v, e) in enumerate(zip(value, example, strict=True))]
-    elif isinstance(example, torch.Tensor):
-        wrong = not isinstance(value, torch.Tensor) or (value.shape, value.dtype) != (example.shape, example.dtype)
-        wrong, parts = wrong or value.layout != torch.strided, []
-    else:
-        number = (int, float) if isinstance(example, float) else type(example)
-        wrong, parts = not isinstance(value, number) or isinstance(value, bool) != isinstance(example, bool), []
-    if wrong:
-        raise UserError(f"{where} is not what a run of these settings has")
-    for part in parts:
-        check_like(*part)

@@ -1,0 +1,172 @@
+"""One step of the training: the critics learn, then the generator, then its average follows.
+
+A critic's loss is in Critic.py. Everything random in a step is a pure function of (seed, step).
+"""
+
+import contextlib
+
+import torch
+
+from augmentation import NUMBERS, augment
+from Critic import clip_weights, critic_loss, generator_loss, gradient_penalty
+from Dataset import batch_indices, seeded
+from distributed import average_over_ranks, mean_over_ranks, share_of_batch
+
+
+def draw_noise(settings, step):
+    """Return all random numbers of a step, drawn on the CPU from (seed, step), so that they are the same everywhere.
+
+    z: (n_critic + 1, B, nz) latents, the last for the generator.  epsilon: (n_critic, B, 1, 1, 1) in [0, 1).
+    flip: (n_critic, B, 1, 1, 1) bool.  augment: (n_critic + 1, B, 2, NUMBERS) in [0, 1), for fake and real images.
+    """
+    random, n, b = seeded(settings.seed, 1, step), settings.n_critic, settings.batch_size
+    return {
+        "z": torch.randn(n + 1, b, settings.nz, generator=random),
+        "epsilon": torch.rand(n, b, 1, 1, 1, generator=random),
+        "flip": (torch.rand(n, b, 1, 1, 1, generator=random) < 0.5) & settings.flip,
+        "augment": torch.rand(n + 1, b, 2, NUMBERS, generator=random),
+    }
+
+
+def critic_step(state, settings, real, fake, epsilon):
+    """Update the pixel critic once. real, fake: (B, 3, S, S) without a graph; epsilon: (B, 1, 1, 1).
+
+    Returns its scalars by their names in TensorBoard, on the device. Under torchrun all but the norm are about this
+    rank's share of the batch.
+    """
+    scalars, penalty = {}, real.new_zeros(())
+    if settings.loss == "wgan-gp":
+        # A backward pass of its own: the gradients add up, and the graphs are never in memory together.
+        with autocast(settings, real.device):
+            penalty = gradient_penalty(state.critic, real, fake, epsilon)
+        (settings.gp_weight * penalty).backward()
+        scalars["critic/gradient_penalty"] = penalty.detach()
+    with autocast(settings, real.device):
+        loss = critic_loss(state.critic(real), state.critic(fake))
+    loss.backward()
+    norm = finish_update(state.optim_d)
+    if settings.loss == "wgan":
+        clip_weights(state.critic, settings.clip_value)
+    scalars["loss/critic"] = (loss + settings.gp_weight * penalty).detach()
+    return scalars | {"critic/wasserstein": -loss.detach(), "critic/gradient_norm": norm}
+
+
+def projected_step(state, settings, real, fake):
+    """Update the projected critic's heads once. real, fake: features without a graph, lists of (B, C, R, R)."""
+    heads = state.projected.heads
+    with autocast(settings, real[0].device):
+        loss = critic_loss(heads(real), heads(fake))
+    loss.backward()
+    return {"projected/wasserstein": -loss.detach(), "projected/gradient_norm": finish_update(state.optim_p)}
+
+
+def generator_step(state, settings, fake, images, losses):
+    """Update the generator once, along the gradients of the critics' losses at its images.
+
+    fake: (B, 3, S, S) with the generator's graph.  images: the same numbers, where the graphs of the losses end.
+    losses: one for each critic. Two gradients are brought to the same norm, that of the first, and mixed.
+    """
+    gradients = [torch.autograd.grad(loss, images, retain_graph=True)[0] for loss in losses]  # (B, 3, S, S) each
+    gradient = gradients[0]
+    if len(gradients) == 2:
+        first, second = (mean_over_ranks(g.float().square().sum()).sqrt() for g in gradients)
+        gradient = torch.lerp(gradient, gradients[1] * (first / second.clamp_min(1e-30)), settings.projected_share)
+    fake.backward(gradient)
+    return {"loss/generator": losses[0].detach(), "generator/gradient_norm": finish_update(state.optim_g)}
+
+
+def finish_update(optimizer):
+    """Step along the gradients, averaged over the ranks, and free them. Returns their L2 norm, a scalar."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    average_over_ranks(gradients)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    optimizer.step()
+    optimizer.zero_grad()  # now, not before the next one: they would lie about while the other network learns
+    return norm
+
+
+def autocast(settings, device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+
+
+@contextlib.contextmanager
+def frozen(*networks):
+    """Within this block the networks' weights get no gradients, which would be computed and thrown away."""
+    parameters = [p for network in networks if network is not None for p in network.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    yield
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def update_ema(ema, network, decay):
+    """ema = decay * ema + (1 - decay) * network, for weights and BatchNorm's statistics; counters are copied."""
+    ours, theirs = list(ema.state_dict().values()), list(network.state_dict().values())
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+    average([t for t in ours if t.is_floating_point()], [t for t in theirs if t.is_floating_point()], None)
+    for mine, other in zip(ours, theirs, strict=True):
+        if not mine.is_floating_point():
+            mine.copy_(other)
+
+
+def set_fade(state, settings):
+    """Set how far the newest blocks are faded in at the step that comes: 0 at the first, 1 after --fade-steps."""
+    fade = min(1.0, state.step / settings.fade_steps) if settings.fade_steps else 1.0
+    for network in (state.generator, state.critic, state.ema):
+        if network is not None and network.fade is not None:
+            network.fade.fill_(fade)
+
+
+def train_step(state, settings, dataset, device):
+    """Do one step. Returns (scalars by their names in TensorBoard, real, fake), the images (B, 3, S, S) in [-1, 1].
+
+    Under torchrun a rank does its share of the batch, and what it returns is about that share alone.
+    """
+    share, last = share_of_batch(settings.batch_size), settings.n_critic - 1
+    noise = draw_noise(settings, state.step)  # of the whole batch, so that it is the same on any number of ranks
+    noise = {name: values[:, share].to(device, non_blocking=True) for name, values in noise.items()}
+    set_fade(state, settings)
+
+    def generate(z, numbers):
+        """Return (B, 3, S, S) images with the generator's graph, without, and these as the critics see them."""
+        with autocast(settings, device):
+            fake = state.generator(z)  # (B, 3, S, S)
+        images = fake.detach().requires_grad_()
+        return fake, images, augment(images, settings.augment, numbers[:, 0])
+
+    scalars = {}
+    for i in range(settings.n_critic):
+        start = (state.step * settings.n_critic + i) * settings.batch_size
+        indices = batch_indices(len(dataset), settings.seed, start, settings.batch_size)
+        real = dataset.batch(indices[share], device)  # (B, 3, S, S)
+        real = torch.where(noise["flip"][i], real.flip(3), real)
+        seen_real = augment(real, settings.augment, noise["augment"][i][:, 1])
+        with torch.set_grad_enabled(settings.reuse_fakes and i == last):
+            fake, images, seen = generate(noise["z"][i], noise["augment"][i])
+        if state.critic:
+            scalars = critic_step(state, settings, seen_real, seen.detach(), noise["epsilon"][i])
+    if not settings.reuse_fakes:
+        fake, images, seen = generate(noise["z"][-1], noise["augment"][-1])
+
+    losses = []
+    if state.critic:
+        with autocast(settings, device), frozen(state.critic):
+            losses.append(generator_loss(state.critic(seen)))
+    if state.projected:
+        with autocast(settings, device), torch.no_grad():
+            real_features = state.projected.features(seen_real)
+        with autocast(settings, device):
+            features = state.projected.features(seen)
+        scalars |= projected_step(state, settings, real_features, [feature.detach() for feature in features])
+        with autocast(settings, device), frozen(state.projected.heads):
+            losses.append(generator_loss(state.projected.heads(features)))
+    scalars |= generator_step(state, settings, fake, images, losses)
+    if state.ema:
+        # Early on the average follows faster, or it would show the random start for 1 / (1 - ema) steps. A network
+        # that was grown or taken over does not start at random, and brings its average along.
+        begun = settings.grow_from or settings.start_from
+        update_ema(state.ema, state.generator, min(settings.ema, 1 if begun else (1 + state.step) / (10 + state.step)))
+    state.step += 1
+    return scalars, real, images.detach()
