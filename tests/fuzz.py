@@ -12,7 +12,6 @@ import json
 import os
 import random
 import re
-import shlex
 import shutil
 import sys
 import zipfile
@@ -25,7 +24,7 @@ import contextlib
 
 import torch
 from forked import TRAIN, begin, campaign, draw_faces, end, equal
-from spoil import JSON, ODD, Called, damage_fields, draw_picture, spoil
+from spoil import JSON, ODD, VALUES, Called, damage_fields, draw_picture, spoil
 
 import Dataset
 import download_model
@@ -39,9 +38,6 @@ from training_state import check_checkpoint
 
 KINDS = ["checkpoint", "checkpoint", "run folder", "model", "pack", "zip", "picture", "partition list", "note", "flags"]
 FINAL = (".pt", ".gif", ".mp4", ".webp", ".md", ".sha256", ".png", ".csv")
-VALUES = shlex.split("""x -1 0 1 2 3 32 64 2147483648 1e400 nan inf 1e-320 0x10 é "'" .. /dev/null /proc/self/mem faces
-    whole.pt run no/where.png x.pt x.gif x.PNG http://x cuda:99 mps cpu latest auto train drawn all quick report""")
-VALUES += ["", "a\nb", "y" * 300]
 COMMANDS = {
     Trainloop: [*TRAIN, "--steps", "1", "--data", "faces"],
     Interpolation: ["--model", "whole.pt", "--frames", "2", "--device", "cpu", "--out", "film.gif"],
@@ -81,6 +77,7 @@ class Round:
 
     def finals(self):
         found = [path for path in self.folder.rglob("*") if path.suffix in FINAL and path.is_file()]
+        found = [path for path in found if path.parent.name != "evaluation"]  # a table is good in itself
         return {(path.name, path.stat().st_mtime_ns) for path in found}
 
     def judge(self, script, argv, done, written):
@@ -118,8 +115,8 @@ class Round:
     def checkpoint(self):
         path = self.folder / "run/checkpoint_000004.pt"
         self.spoil_model(path)
-        more = self.rand.choice([["--resume", path, "--steps=5"]] * 3 + [
-                                ["--start-from", path, "--steps=1", *TRAIN[2:]], ["--grow-from", path, "--steps=1", "--batch-size=2"]])  # fmt: skip
+        news = ["--start-from", path, *TRAIN[2:], "--steps=1"], ["--grow-from", path, "--steps=1", "--batch-size=2"]
+        more = self.rand.choice([["--resume", path, "--steps=5"]] * 3 + [*news])
         return Trainloop, "--data", "faces", "--cache", str(self.root / "cache"), "--out", "new", *map(str, more)
 
     def run_folder(self):

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shlex
 
 import torch
 from PIL import Image
@@ -12,6 +13,9 @@ JSON = [None, True, False, -1, 0, 1, 0.5, 7, 32, 2**31, 2**63, 10**30, 200_000, 
 ODD = [*JSON, 1j, b"x", (1, 2), {1: 2}, torch.zeros(0), torch.zeros(3), torch.full((4, 4), math.nan), torch.tensor(5),
        torch.zeros(2, 2).to_sparse(), torch.zeros(3, dtype=torch.bfloat16), torch.zeros(()).expand(10**6, 10**6),
        torch.zeros(2, device="meta")]  # fmt: skip
+VALUES = shlex.split("""x -1 0 1 2 3 32 64 2147483648 1e400 nan inf 1e-320 0x10 é "'" .. /dev/null /proc/self/mem faces
+    whole.pt run no/where.png x.pt x.gif x.PNG http://x cuda:99 mps cpu latest auto train drawn all quick report""")
+VALUES += ["", "a\nb", "y" * 300]
 SPOILT = [b"", b"\n<!DOCTYPE html><title>Google Drive - Quota exceeded</title>", b"[" * 100_000, b"[{}]", b"null", b"1",
           b"PK\5\6" + 18 * b"\0", b"\x89PNG\r\n\x1a\n", b"version https://git-lfs.github.com/spec/v1\n"]  # fmt: skip
 MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "I;16", "F"]
