@@ -83,7 +83,7 @@ def begin(module, argv, folder, before=None, after=None, **limits):
         os._exit(status)
 
 
-def end(process, pipe, seconds=60):
+def end(process, pipe, seconds=300):  # of a busy machine; what hangs does so for ever
     """Read a command's output until it ends, and return its End."""
     output, deadline = b"", time.monotonic() + seconds
     while select.select([pipe], [], [], max(0, deadline - time.monotonic()))[0]:
@@ -123,18 +123,16 @@ def campaign(parser, prepare, play):
     """
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0, help="of the first round; --rounds 1 does it again alone")
-    args = parser.parse_args()
+    args, table = parser.parse_args(), {}
     torch.set_num_threads(1)
-    with contextlib.ExitStack() as stack:
-        root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        shared, table = prepare(root), {}
+    with tempfile.TemporaryDirectory() as root, contextlib.suppress(KeyboardInterrupt):  # which ends it with figures
+        shared = prepare(Path(root))
         for seed in range(args.seed, args.seed + args.rounds):
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=root)))
-            kind, figures, faults = play(seed, folder, shared)
-            figures.update({"rounds": 1, "with faults": bool(faults)})
-            table.setdefault(kind, Counter()).update(figures)
+            with tempfile.TemporaryDirectory(dir=root) as folder:
+                kind, figures, faults = play(seed, Path(folder), shared)
+            table.setdefault(kind, Counter()).update(figures | Counter({"rounds": 1, "with faults": bool(faults)}))
             for fault in faults:
-                print(f"seed {seed}, {kind}: {re.sub(str(root), '', fault)}", flush=True)
+                print(f"seed {seed}, {kind}: {re.sub(root, '', fault)}", flush=True)
     rows = [*sorted(table.items()), ("all", sum(table.values(), Counter()))]
     columns = list(dict.fromkeys(["rounds", "with faults", *(name for _, row in rows for name in row)]))
     print("kind".ljust(16), *columns, sep="  ")

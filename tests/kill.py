@@ -198,7 +198,7 @@ class Round:
         self.what = self.random.uniform(0.3, 3)  # seconds
         time.sleep(self.what)
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=300)
         self.expect(process.returncode in (0, 130, -signal.SIGINT), f"status {process.returncode}")
         self.check(output)
 
