@@ -9,10 +9,14 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports below take seconds, in which Ctrl-C ends without a word
 
 import numpy as np
 import torch

@@ -4,10 +4,14 @@ import contextlib
 import errno
 import io
 import random
+import signal
 import sys
 from functools import cache
 from itertools import chain, pairwise
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports below take seconds, in which Ctrl-C ends without a word
 
 import numpy as np
 import torch

@@ -38,8 +38,8 @@ def read_model_file(path):
         bare = isinstance(file, dict) and file and all(isinstance(value, torch.Tensor) for value in file.values())
         reason = "bare weights without the settings to build a network from" if bare else "no generator of this project"
         raise UserError(f"{path} holds {reason}; take a generator_*.pt or checkpoint_*.pt")
-    if file["format"] != FORMAT:
-        raise UserError(f"{path} has format {file['format']}, this version reads format {FORMAT}")
+    if type(file["format"]) is not int or file["format"] != FORMAT:
+        raise UserError(f"{path} has format {str(file['format'])[:9]!r}, this version reads format {FORMAT}")
     kinds = {"step": int, "settings": dict, "made_by": dict, "critic": dict, "ema": dict, "generator": dict}
     wrong = [key for key, kind in kinds.items() if not isinstance(file.get(key), kind | None)]
     parts = [file[key] for key in ("generator", "critic") if not wrong and file.get(key) is not None]
@@ -58,6 +58,9 @@ def check_zip(path):
             # Stored, not compressed: so reading takes no more memory than the file has bytes.
             stored = all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
             reason = None if stored and archive.testzip() is None else "its checksums are wrong"
+            pickled = [archive.read(name) for name in archive.namelist() if not reason and name.endswith("data.pkl")]
+            if b"bytearray\n" in b"".join(pickled):  # torch.load would make one of any length
+                reason = "it names bytearray"
     except Exception:  # zipfile raises many types for a damaged file
         with open(path, "rb") as file:
             start = file.read(512).lstrip()

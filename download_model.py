@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import signal
 import socket
 import sys
 import urllib.error
@@ -9,6 +10,9 @@ import urllib.request
 import zipfile
 from pathlib import Path
 from urllib.parse import urlsplit
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports below take seconds, in which Ctrl-C ends without a word
 
 import torch
 

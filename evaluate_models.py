@@ -8,9 +8,13 @@ import json
 import math
 import re
 import shlex
+import signal
 import sys
 from functools import partial
 from itertools import count
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports below take seconds, in which Ctrl-C ends without a word
 
 import torch
 

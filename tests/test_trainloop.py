@@ -404,6 +404,8 @@ def test_settings_that_contradict_the_checkpoint_are_refused_naming_both(tiny, f
     for flags, words in (
         ("--lr-g 0.5", ("--lr-g 0.5", "--lr-g 0.0002")),
         ("--seed 3", ("--seed 3", "--seed 0")),
+        ("--ngf 16", ("--ngf 16", "--ngf 8")),
+        ("--batch-size 8", ("--batch-size 8", "--batch-size 4")),
         ("--preset report", ("--size 128", "--size 32")),
     ):
         assert go_on("--resume", "run", "--steps", 3, *flags.split()) == 2
