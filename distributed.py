@@ -87,11 +87,23 @@ def one_rank_first(function):
     return function() if result is None else result
 
 
+class SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over all ranks; its gradient is the sum of theirs. torch's own function is deprecated."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumOverRanks.apply(gradient)
+
+
 def mean_over_ranks(tensor):
     """Return the mean of a tensor over all ranks, with its gradient; all must call it, with the same shape."""
-    if not is_distributed():
-        return tensor
-    return dist.nn.functional.all_reduce(tensor.contiguous()) / world_size()
+    return SumOverRanks.apply(tensor) / world_size() if is_distributed() else tensor
 
 
 @torch.no_grad()
