@@ -88,7 +88,7 @@ def one_rank_first(function):
 
 
 class SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over all ranks, on each of them; the gradient of that is the sum of their gradients."""
+    """The sum of a tensor over all ranks; its gradient is the sum of theirs. torch's own function is deprecated."""
 
     @staticmethod
     def forward(ctx, tensor):

@@ -30,7 +30,7 @@ def run_folder(tmp_path_factory):
         generator = Generator(nz=16, ngf=8, size=32)
         file = {"config": generator.config, "state": generator.state_dict()}
         file = {"format": 1, "step": step, "settings": {}, "generator": file, "made_by": {}}
-        torch.save(file, folder / f"checkpoint_{step}.pt")
+        torch.save(file, folder / f"checkpoint_{step:06d}.pt")
     return folder
 
 
@@ -124,12 +124,12 @@ def test_two_people_become_a_route_of_a_tuned_model(page, monkeypatch):
 
 def test_the_models_of_a_run_are_shown_in_the_order_of_their_steps(page, run_folder):
     step, faces = page["choose"](str(run_folder))
-    assert step.value == 2 and "checkpoint_10.pt" in faces and faces.count("<img") == 12
-    assert "checkpoint_9.pt" in page["draw"](str(run_folder), 1)
-    (run_folder / "checkpoint_11.pt").write_bytes(b"torn")
+    assert step.value == 2 and "checkpoint_000010.pt" in faces and faces.count("<img") == 12
+    assert "checkpoint_000009.pt" in page["draw"](str(run_folder), 1)
+    (run_folder / "checkpoint_000011.pt").write_bytes(b"torn")
     blocks = demo.build(str(run_folder))
     draw = next(event.fn for event in blocks.fns.values() if event.fn.__name__ == "draw")
-    (run_folder / "checkpoint_11.pt").unlink()
+    (run_folder / "checkpoint_000011.pt").unlink()
     with pytest.raises(gr.Error):
         draw(str(run_folder), 3)
 
@@ -242,6 +242,6 @@ def test_the_page_in_a_browser(browser, address, tmp_path):
     browser.find_elements("css selector", "input[type=file]")[-1].send_keys(str(tmp_path / "rubbish.txt"))
     wait(lambda: "rubbish.txt: cannot be read" in browser.page_source)
     click("Which model?")
-    wait(lambda: any("checkpoint_10.pt" in element.text for element in shown("h3")))
+    wait(lambda: any("checkpoint_000010.pt" in element.text for element in shown("h3")))
     asked = [entry["message"] for entry in browser.get_log("performance") if "requestWillBeSent" in entry["message"]]
     assert asked and all('"url":"http' not in message or f'"url":"{address}' in message for message in asked)
