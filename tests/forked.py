@@ -16,6 +16,9 @@ from collections import Counter, namedtuple
 from pathlib import Path
 
 import torch
+import torch._dynamo  # what commands import late would be imported in every fork
+import torch.utils.tensorboard
+import torchvision.utils  # noqa: F401
 from PIL import Image
 
 from drawn_faces import draw_face
