@@ -39,7 +39,7 @@ def read_model_file(path):
         reason = "bare weights without the settings to build a network from" if bare else "no generator of this project"
         raise UserError(f"{path} holds {reason}; take a generator_*.pt or checkpoint_*.pt")
     if type(file["format"]) is not int or file["format"] != FORMAT:
-        raise UserError(f"{path} has format {str(file['format'])[:9]!r}, this version reads format {FORMAT}")
+        raise UserError(f"{path} has format {str(file['format'])[:9]}, this version reads format {FORMAT}")
     kinds = {"step": int, "settings": dict, "made_by": dict, "critic": dict, "ema": dict, "generator": dict}
     wrong = [key for key, kind in kinds.items() if not isinstance(file.get(key), kind | None)]
     parts = [file[key] for key in ("generator", "critic") if not wrong and file.get(key) is not None]
