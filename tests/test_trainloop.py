@@ -551,10 +551,22 @@ def test_dry_run_tells_numbers_and_writes_nothing(tiny, tmp_path, capsys):
 # ---- the real command -----------------------------------------------------------------------------------------
 
 
-def start(faces, tmp_path, *args, **options):
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def no_run_left():
+    yield
+    for run in STARTED:
+        run.kill()
+    STARTED.clear()
+
+
+def start(faces, tmp_path, *args):
     command = [sys.executable, str(ROOT / "Trainloop.py"), *TINY, "--data", str(faces), *map(str, args)]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | options
-    return subprocess.Popen(command, cwd=tmp_path, **options)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    STARTED.append(subprocess.Popen(command, cwd=tmp_path, **pipes))
+    return STARTED[-1]
 
 
 def wait_for(condition, run, seconds=120):
@@ -574,10 +586,12 @@ def test_a_signal_ends_in_a_checkpoint_and_a_second_training_is_refused(faces, t
     run = start(faces, tmp_path, "--steps", 10**6, "--out", "run", "--checkpoint-every", 5)
     wait_for(lambda: list(tmp_path.glob("run/checkpoint_*.pt")), run)
     if name == "SIGHUP":
-        second = start(faces, tmp_path, "--steps", 10**6, "--out", "run", "--resume", "auto").communicate(timeout=60)[0]
+        second = start(faces, tmp_path, "--steps", 10**6, "--out", "run", "--resume", "auto").communicate(timeout=240)[
+            0
+        ]
         assert f"--out run: process {run.pid} on" in second and "Traceback" not in second
     run.send_signal(number)
-    out = run.communicate(timeout=60)[0]
+    out = run.communicate(timeout=240)[0]
     assert run.returncode == 128 + number and "--resume run" in out and "Traceback" not in out
     assert f"{name}: finishing the step" in out
     step = read_model_file(list_checkpoints(tmp_path / "run")[0])["step"]
@@ -592,7 +606,7 @@ def test_a_second_ctrl_c_ends_at_once(faces, tmp_path):
     time.sleep(0.001)
     with contextlib.suppress(ProcessLookupError):
         run.send_signal(signal.SIGINT)
-    out = run.communicate(timeout=60)[0]
+    out = run.communicate(timeout=240)[0]
     assert run.returncode == 130 and "Traceback" not in out and "could not" not in out, out
 
 
