@@ -273,7 +273,8 @@ def serve(argv):
     parser.add_argument("--model", default=str(Interpolation.SHIPPED), help="a model, a folder of them, or latest")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets others in")
     parser.add_argument("--port", type=int, default=7860, help="port to listen at")
-    add_flags(parser, "data", "device")
+    add_flags(parser, "device")
+    parser.add_argument("--data", nargs="+", metavar="PATH", help="zips or folders of real faces, for the game")
     args = parser.parse_args(argv)
     if gr is None:
         raise UserError("the page needs gradio: pip install gradio")

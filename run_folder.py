@@ -55,7 +55,8 @@ def telling_what_is_kept(out):
 
 def list_checkpoints(folder):
     """Return the full checkpoints in a run's folder, the newest first."""
-    return sorted(folder.glob("checkpoint_[0-9]*.pt"), key=step_of, reverse=True)
+    names = (path for path in folder.glob("checkpoint_*.pt") if step_of(path) >= 0)  # not checkpoint_006000-good.pt
+    return sorted(names, key=step_of, reverse=True)
 
 
 def newest_checkpoint(folder, check):

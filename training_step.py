@@ -66,7 +66,8 @@ def generator_step(state, settings, fake, images, losses):
     fake: (B, 3, S, S) with the generator's graph.  images: the same numbers, where the graphs of the losses end.
     losses: one for each critic. Two gradients are brought to the same norm, that of the first, and mixed.
     """
-    gradients = [torch.autograd.grad(loss, images, retain_graph=True)[0] for loss in losses]  # (B, 3, S, S) each
+    # The graph from the augmented images is the losses' in common: it stays until the last.
+    gradients = [torch.autograd.grad(loss, images, retain_graph=loss is not losses[-1])[0] for loss in losses]
     gradient = gradients[0]
     if len(gradients) == 2:
         first, second = (mean_over_ranks(g.float().square().sum()).sqrt() for g in gradients)
@@ -145,7 +146,7 @@ def train_step(state, settings, dataset, device):
                 seen = augment(generate(noise["z"][i]), settings.augment, noise["augment"][i][:, 0])
             scalars = critic_step(state, settings, seen_real, seen, noise["epsilon"][i])
 
-    fake = generate(noise["z"][-1])  # new ones: on those that the critic has just learnt on, faces came out alike
+    fake = generate(noise["z"][-1])  # new ones: on those that the pixel critic has just learnt on, faces came out alike
     images = fake.detach().requires_grad_()  # where the graphs of the critics' losses end
     seen = augment(images, settings.augment, noise["augment"][-1][:, 0])
     losses = []

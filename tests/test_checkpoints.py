@@ -8,6 +8,7 @@ from torch import nn
 from checkpoints import FORMAT, load_generator, read_model_file
 from command_line import UserError
 from Generator import Generator
+from run_folder import list_checkpoints
 
 
 def content(generator, /, **more):
@@ -97,3 +98,9 @@ def test_code_in_a_file_is_not_run_and_a_file_cannot_unpack_into_more_than_it_is
         archive.writestr("bomb/data/0", bytes(10**7))
     with pytest.raises(UserError, match="bomb.pt"):
         read_model_file(tmp_path / "bomb.pt")
+
+
+def test_a_copy_under_a_name_of_ones_own_is_no_checkpoint_of_the_run(tmp_path):
+    for name in ("checkpoint_000006.pt", "checkpoint_000006-good.pt", "checkpoint_000008.pt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint_000008.pt", "checkpoint_000006.pt"]
