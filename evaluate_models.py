@@ -159,8 +159,8 @@ def plain(value):
     return json.loads(re.sub(r"[^\s\"'=]*/(?=[^\s\"'/])", "", json.dumps(value, skipkeys=True, default=str)))
 
 
-def lean(file):
-    """Return the dict of a model file as it is shared: the generator alone, in half the bytes, with plain settings.
+def lean(file, name):
+    """Return the dict of the model file `name` as it is shared: its generator, in half the bytes, with plain settings.
 
     Matrices and kernels become float16, which moves no pixel by more than a grey level. Vectors stay: BatchNorm's
     statistics are among them, whose range is unbounded. Raises UserError for what cannot be loaded.
@@ -169,7 +169,7 @@ def lean(file):
     state = file["generator"]["state"]
     for key, tensor in state.items():
         state[key] = tensor.half() if tensor.dtype == torch.float32 and tensor.dim() > 1 else tensor
-    load_generator(file)
+    load_generator(file, name=name)
     settings = {key: value for key, value in file["settings"].items() if key not in PRIVATE}
     return file | {"settings": plain(settings), "made_by": plain(file["made_by"])}
 
@@ -236,7 +236,7 @@ def export(path, target, force):
         raise UserError(f"--export {target}: name a file that ends in .pt, in a folder that is there")
     if target.exists() and (target.samefile(path) or not force):
         raise UserError(f"--export {target}: is there already; choose another name, or --force replaces another model")
-    share(lean(read_model_file(path)), target, read_note(path))
+    share(lean(read_model_file(path), path), target, read_note(path))
 
 
 def model_card(file, name, digest, note):
@@ -343,7 +343,7 @@ def evaluate(argv=None):
                     tables[size] = Table(size, args, extractor, detector, device)
                 tables[size].add(path, file, generator)
                 if args.by and choose_best(tables[size].rows, metric) is tables[size].rows[-1]:
-                    best[size] = lean(file)
+                    best[size] = lean(file, path)
         some = ([pictures[path] for path in paths] for paths in (shown, filmed))
         draw_evolution(args.out / name, *some, args.seeds, args.movie, args.fps)
     plot_curves(folders, args.tag, args.out / f"{args.tag.replace('/', '_')}.png")

@@ -79,7 +79,7 @@ def content_of(state, settings, made_by):
 def check_checkpoint(file, path):
     """Raise UserError unless a run can go on from the dict of a model file: all parts there, of the right shapes."""
     if type(file.get("step")) is not int or file["step"] < 0:
-        raise UserError(f"{path} is damaged: its step is {file.get('step')}")
+        raise UserError(f"{path} is damaged: its step is no number of steps")
     if "optim_g" not in file:
         raise UserError(f"{path} holds a generator alone; resume from a checkpoint_*.pt")
     settings = Settings(**saved_settings(file.get("settings"), path))

@@ -453,6 +453,7 @@ SPOILED = [
     (["settings", "batch_size"], None), (["settings", "data", 0], 7), (["settings", "nz"], 200_000),
     (["settings", "steps"], -3), (["settings", "cache"], ""), (["settings", "norm"], "batch"), (["settings", "ngf"], 9),
     (["made_by"], None), (["made_by", "command"], [1]), (["made_by", "data", "fingerprint"], None), (["step"], 1.5),
+    (["step"], None), (["step"], -1),
     (["generator", "state"], None), (["generator", "state", "linear.bias"], None), (["critic", "state"], {}),
     (["critic", "state", "head.weight"], torch.zeros(3)), (["ema"], None), (["ema", "linear.bias"], 3),
     (["ema", "linear.bias"], torch.full((8192,), float("nan"))), (["rng", "torch"], torch.zeros(5056)),
