@@ -40,8 +40,8 @@ from distributed import (
 )
 from Generator import latent, to_uint8
 from run_folder import list_checkpoints, locked, new_run_folder, save_checkpoint, telling_what_is_kept
-from training_state import build_state, content_of, read_settings, restore, take_over
-from training_step import train_step
+from training_state import NETWORKS, build_state, content_of, read_settings, restore, take_over
+from training_step import batches_of, train_step
 
 SAMPLES = 32  # faces in a sample grid: cell i is the face of seed i
 
@@ -78,7 +78,7 @@ def log(writer, bar, state, settings, scalars, real, fake, speed):
     """Write scalars to TensorBoard and a line to the terminal. real, fake: (B, 3, S, S); speed: steps per second."""
     # 1: the fakes differ from each other as the real images do.  0: mode collapse.
     scalars["generator/diversity"] = (spread(fake) / spread(real).clamp_min(1e-6)).item()
-    scalars["speed/images_per_second"] = speed * settings.n_critic * settings.batch_size
+    scalars["speed/images_per_second"] = speed * settings.batch_size * len(batches_of(state, settings))
     if settings.loss == "wgan" and state.critic:
         weights = torch.cat([p.detach().flatten() for p in state.critic.parameters()])
         scalars["critic/clipped_share"] = (weights.abs() >= settings.clip_value).float().mean().item()
@@ -128,13 +128,17 @@ def dry_run(state, settings, device):
         scalars["loss/generator"].cpu()  # waits for the device
         return (time.perf_counter() - start) / steps
 
-    images, packed = estimate_pack(settings.data, settings.size)
+    begun, (images, packed) = state.step, estimate_pack(settings.data, settings.size)
     seconds(2)  # warm up
     per_step = seconds(3 if device.type == "cpu" else 50)
-    networks = {name: getattr(state, name) for name in ("generator", "critic") if getattr(state, name)}
+    networks = {name: getattr(state, name) for name in NETWORKS if getattr(state, name)}
     count = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
-    steps, kept = settings.steps, settings.steps // settings.checkpoint_every
-    full = 12 * sum(count.values()) + 4 * count["generator"] * bool(settings.ema)
+    tensors = [
+        tensor for network in (*networks.values(), state.ema) if network for tensor in network.state_dict().values()
+    ]
+    for optimizer in filter(None, (state.optim_g, state.optim_d, state.optim_p)):
+        tensors += [tensor for slots in optimizer.state.values() for tensor in slots.values()]
+    full, kept = sum(tensor.nbytes for tensor in tensors), settings.steps // settings.checkpoint_every
     print("parameters   " + ", ".join(f"{name} {number:,}" for name, number in count.items()))
     if device.type == "cuda":
         print(f"memory       {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on {torch.cuda.get_device_name()}, "
@@ -143,10 +147,11 @@ def dry_run(state, settings, device):
         print(f"memory       {(full + 4 * sum(count.values())) / 1e9:.2f} GB for weights, gradients and optimizers, "
               "beside the batch's")  # fmt: skip
     print(f"disk         {packed / 1e9:.2f} GB for {images:,} packed images, {(settings.keep + 1) * full / 1e9:.2f} GB "
-          f"for the last {settings.keep} checkpoints (+1 while writing), {kept * 4 * count['generator'] / 1e9:.2f} GB "
-          f"for {kept} generators")  # fmt: skip
-    print(f"expected     {per_step * steps / 3600:.1f} hours for {steps:,} steps at {1 / per_step:.2f} "
-          f"steps/s, {settings.n_critic * settings.batch_size / per_step:.0f} images/s on {device}")  # fmt: skip
+          f"for the last {settings.keep} checkpoints (+1 while writing), {4e-9 * kept * count['generator']:.2f} GB for "
+          f"{kept} generators")  # fmt: skip
+    steps, speed = max(0, settings.steps - begun), len(batches_of(state, settings)) * settings.batch_size / per_step
+    print(f"expected     {per_step * steps / 3600:.1f} hours for {steps:,} steps from step {begun:,} at "
+          f"{1 / per_step:.2f} steps/s, {speed:.0f} images/s on {device}")  # fmt: skip
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------
@@ -221,7 +226,9 @@ def train(settings, checkpoint=None, path=None):
     settings.precision = from_rank_0(resolve_precision, settings.precision, device)
     share_of_batch(settings.batch_size)  # refuses one that the ranks cannot share
     if settings.dry_run:
-        return dry_run(build_state(settings, device), settings, device)
+        state = build_state(settings, device)
+        state.step = checkpoint["step"] if checkpoint else 0
+        return dry_run(state, settings, device)
     from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed only here
 
     with contextlib.ExitStack() as stack:

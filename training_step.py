@@ -3,8 +3,6 @@
 A critic's loss is in Critic.py. Everything random in a step is a pure function of (seed, step).
 """
 
-import contextlib
-
 import torch
 
 from augmentation import NUMBERS, augment
@@ -26,6 +24,11 @@ def draw_noise(settings, step):
         "flip": (torch.rand(n, b, 1, 1, 1, generator=random) < 0.5) & settings.flip,
         "augment": torch.rand(n + 1, b, 2, NUMBERS, generator=random),
     }
+
+
+def batches_of(state, settings):
+    """Return which of the batches of a step are taken: one for each update of the pixel critic, else the last alone."""
+    return range(settings.n_critic)[0 if state.critic else -1 :]
 
 
 def critic_step(state, settings, real, fake, epsilon):
@@ -66,7 +69,7 @@ def generator_step(state, settings, fake, images, losses):
     fake: (B, 3, S, S) with the generator's graph.  images: the same numbers, where the graphs of the losses end.
     losses: one for each critic. Two gradients are brought to the same norm, that of the first, and mixed.
     """
-    # The graph from the augmented images is the losses' in common: it stays until the last.
+    # Weights of the critics get no gradients here. The losses share the graph of the augmented images.
     gradients = [torch.autograd.grad(loss, images, retain_graph=loss is not losses[-1])[0] for loss in losses]
     gradient = gradients[0]
     if len(gradients) == 2:
@@ -88,17 +91,6 @@ def finish_update(optimizer):
 
 def autocast(settings, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
-
-
-@contextlib.contextmanager
-def frozen(*networks):
-    """Within this block the networks' weights get no gradients, which would be computed and thrown away."""
-    parameters = [p for network in networks if network is not None for p in network.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    yield
-    for parameter in parameters:
-        parameter.requires_grad_(True)
 
 
 @torch.no_grad()
@@ -135,7 +127,7 @@ def train_step(state, settings, dataset, device):
             return state.generator(z)  # (B, 3, S, S)
 
     scalars = {}
-    for i in range(settings.n_critic):
+    for i in batches_of(state, settings):
         start = (state.step * settings.n_critic + i) * settings.batch_size
         indices = batch_indices(len(dataset), settings.seed, start, settings.batch_size)
         real = dataset.batch(indices[share], device)  # (B, 3, S, S)
@@ -151,7 +143,7 @@ def train_step(state, settings, dataset, device):
     seen = augment(images, settings.augment, noise["augment"][-1][:, 0])
     losses = []
     if state.critic:
-        with autocast(settings, device), frozen(state.critic):
+        with autocast(settings, device):
             losses.append(generator_loss(state.critic(seen)))
     if state.projected:
         with autocast(settings, device), torch.no_grad():
@@ -159,7 +151,7 @@ def train_step(state, settings, dataset, device):
         with autocast(settings, device):
             features = state.projected.features(seen)
         scalars |= projected_step(state, settings, real_features, [feature.detach() for feature in features])
-        with autocast(settings, device), frozen(state.projected.heads):
+        with autocast(settings, device):
             losses.append(generator_loss(state.projected.heads(features)))
     scalars |= generator_step(state, settings, fake, images, losses)
     if state.ema:

