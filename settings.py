@@ -25,6 +25,10 @@ PRESETS = {
         "steps": 1500, "log_every": 25, "sample_every": 100, "checkpoint_every": 500,
     },
 }  # fmt: skip
+# What --start-from turns on where a flag does not say otherwise: other images are mostly few.
+START_FROM = {"augment": ["color", "translation"]}
+# Adam of the projected critic's heads, which no flag changes (Sauer et al. 2021).
+HEADS = {"lr": 2e-4, "betas": (0.0, 0.99)}
 # Names and values of earlier versions, which old checkpoints hold and old commands may use.
 OLD_NAMES = {"lipschitz": ["loss"], "gp": ["gp_weight"], "clip": ["clip_value"], "blocks": ["blocks_g", "blocks_d"]}
 OLD_LOSSES = {"gp": "wgan-gp", "clip": "wgan"}
@@ -54,8 +58,8 @@ class Settings:
         "runs/; auto: the same where there is one, else start", resume="anew", metavar="PATH|latest|auto")
     grow_from: str = setting(None, "checkpoint of half the --size: a new run from step 0 with its networks, each grown "
         "by a block", metavar="PATH")
-    start_from: str = setting(None, "model to adapt to other images: a new run from step 0 with its networks, and "
-        "--augment color translation; not a resume", metavar="PATH")
+    start_from: str = setting(None, "model to adapt to other images: a new run from step 0 with its networks, not a "
+        f"resume; turns on --augment {' '.join(START_FROM['augment'])} unless --augment is given", metavar="PATH")
     data: list[str] = setting(None, "zips or folders of images, or 'drawn' for the built-in drawn faces; without it "
         "CelebA from data/, else drawn faces", resume="free", group="images", nargs="+", metavar="PATH")
     split: str = setting("all", "part of CelebA's list_eval_partition", choices=["all", "train", "val", "test"])
@@ -69,29 +73,32 @@ class Settings:
     size: int = setting(128, "side of the images in pixels", group="networks", choices=SIZES)
     nz: int = setting(100, "length of the latent vector", "[1, 4096]")
     ngf: int = setting(64, "width of the generator: its channels at 64x64", "[1, 1024]")
-    ndf: int = setting(64, "width of the critic: its channels at 64x64", "[1, 1024]")
+    ndf: int = setting(64, "width of the pixel critic: its channels at 64x64", "[1, 1024]")
     blocks_g: str = setting("plain", "the generator's. plain: the report's transposed convolutions; residual: two "
         "resized ones; modulated: the same, steered by the latent", choices=list(BLOCKS))
-    blocks_d: str = setting("plain", "the critic's", choices=list(CRITIC_BLOCKS))
+    blocks_d: str = setting("plain", "the pixel critic's", choices=list(CRITIC_BLOCKS))
     stem_norm: bool = setting(True, "BatchNorm and ReLU after the generator's linear layer")
-    norm: str = setting("layer", "the critic's normalisation; batch only with --loss wgan", choices=NORMS)
-    attention: int = setting(0, "resolution of a self-attention layer in both networks; 0: none", metavar="R")
-    critic: str = setting("pixel", "projected: it sees features of a frozen, pretrained network (needs timm); both: "
-        "that and the pixel critic", resume="free", choices=["pixel", "projected", "both"])
+    norm: str = setting("layer", "the pixel critic's normalisation; batch only with --loss wgan", choices=NORMS)
+    attention: int = setting(0, "resolution of a self-attention layer in the generator and the pixel critic; 0: none",
+        metavar="R")
+    critic: str = setting("pixel", "projected: sees features of a pretrained network (needs timm), and learns by "
+        f"Adam, rate {HEADS['lr']}, betas {HEADS['betas']}, whatever flags say; both: that and the pixel critic",
+        resume="free", choices=["pixel", "projected", "both"])
     projected_share: float = setting(0.5, "the projected critic's part of the generator's gradient with --critic both",
         "[0, 1]", resume="free")
     steps: int = setting(100_000, "total number of steps, those before a resume included", "[1, 1e12]", resume="free",
         group="training")
     batch_size: int = setting(32, "images in a batch, that of all processes together", "[1, 65536]")
-    n_critic: int = setting(1, "critic updates in a step", "[1, 1000]")
-    loss: str = setting("wgan-gp", "Wasserstein loss with a gradient penalty, or with clipped weights",
+    n_critic: int = setting(1, "updates of the pixel critic in a step; the projected one has one", "[1, 1000]")
+    loss: str = setting("wgan-gp", "the pixel critic's: Wasserstein with a gradient penalty, or with clipped weights",
         choices=["wgan-gp", "wgan"])
-    gp_weight: float = setting(10.0, "factor of the gradient penalty", "[0, inf)")
-    clip_value: float = setting(0.01, "bound of the critic's weights with --loss wgan", "(0, inf)")
-    optimizer: str = setting("adam", "for both networks", choices=["adam", "rmsprop"])
-    betas: list[float] = setting([0.0, 0.9], "Adam's decay rates", "[0, 1)", nargs=2)
+    gp_weight: float = setting(10.0, "factor of the pixel critic's gradient penalty", "[0, inf)")
+    clip_value: float = setting(0.01, "bound of the pixel critic's weights with --loss wgan", "(0, inf)")
+    optimizer: str = setting("adam", "of the generator and the pixel critic", choices=["adam", "rmsprop"])
+    betas: list[float] = setting([0.0, 0.9], "decay rates of Adam for the generator and the pixel critic", "[0, 1)",
+        nargs=2)
     lr_g: float = setting(2e-4, "learning rate of the generator", "(0, inf)")
-    lr_d: float = setting(4e-4, "learning rate of the critic", "(0, inf)")
+    lr_d: float = setting(4e-4, "learning rate of the pixel critic", "(0, inf)")
     ema: float = setting(0.999, "decay of the moving average of the generator's weights; 0: none", "[0, 1)")
     fade_steps: int = setting(2000, "steps over which the blocks of --grow-from are faded in", "[0, 1e12]")
     precision: str = setting("auto", "auto: bf16 where the device is faster in it", choices=["auto", "fp32", "bf16"])
@@ -212,7 +219,8 @@ def combine(given, path=None, saved=None, architecture=None):
     given: {name: value} of the flags.  path: of the checkpoint of a resume, saved: its saved_settings.
     architecture: the settings that the file of --grow-from or --start-from decides instead.
     """
-    asked = PRESETS.get(given.get("preset"), {}) | given
+    turned_on = START_FROM if given.get("start_from") and not saved else {}
+    asked = PRESETS.get(given.get("preset"), {}) | turned_on | given
     for name, value in asked.items() if saved else ():
         frozen = FIELDS[name].metadata["resume"] == "frozen" and (name, value) != ("precision", "auto")
         if frozen and saved[name] != value:
