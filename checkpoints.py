@@ -40,9 +40,10 @@ def read_model_file(path):
         raise UserError(f"{path} holds {reason}; take a generator_*.pt or checkpoint_*.pt")
     if type(file["format"]) is not int or file["format"] != FORMAT:
         raise UserError(f"{path} has format {str(file['format'])[:9]}, this version reads format {FORMAT}")
-    kinds = {"step": int, "settings": dict, "made_by": dict, "critic": dict, "ema": dict, "generator": dict}
+    kinds = {"step": int, "settings": dict, "made_by": dict, "critic": dict, "ema": dict, "generator": dict,
+             "projected": dict}  # fmt: skip
     wrong = [key for key, kind in kinds.items() if not isinstance(file.get(key), kind | None)]
-    parts = [file[key] for key in ("generator", "critic") if not wrong and file.get(key) is not None]
+    parts = [file[key] for key in ("generator", "critic", "projected") if not wrong and file.get(key) is not None]
     if wrong or not all(isinstance(part.get(key), dict) for part in parts for key in ("config", "state")):
         raise UserError(f"{path} is damaged: its {(wrong or ['network'])[0]} is not what it should be")
     for part in parts:
@@ -102,10 +103,18 @@ def weights_of(file):
 
 
 def generator_only(file):
-    """Return what a generator file holds of any model file: not the critic, not the optimizers, one set of weights."""
+    """Return what a generator file holds of any model file: one set of weights, and settings that tell no folders."""
     generator = {"config": file["generator"]["config"], "state": dict(weights_of(file))}
-    made = {"settings": file.get("settings") or {}, "made_by": file.get("made_by") or {}}
+    settings = {name: without_folder(value) for name, value in (file.get("settings") or {}).items()}
+    made = {"settings": settings, "made_by": file.get("made_by") or {}}
     return {"format": FORMAT, "step": file.get("step"), **made, "generator": generator}
+
+
+def without_folder(value):
+    """Return a setting in which a path, or each of a list, is cut to its name."""
+    if isinstance(value, list):
+        return [without_folder(part) for part in value]
+    return re.sub(r".*[/\\](?=.)", "", value, flags=re.DOTALL) if isinstance(value, str) else value
 
 
 def load_generator(source, device="cpu", name="the model"):

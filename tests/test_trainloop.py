@@ -362,6 +362,7 @@ def test_a_checkpoint_is_plain_and_complete(tiny, tmp_path):
     assert {"command", "versions", "data"} <= set(file["made_by"])
     small = torch.load(tmp_path / "run/generator_000001.pt", weights_only=True)
     assert equal(small["generator"]["state"], file["ema"]) and "critic" not in small
+    assert small["settings"]["data"] == ["faces"] and str(tmp_path) not in str(small | {"generator": None})
     z = torch.randn(2, 100)
     loads = [load_generator(tmp_path / f"run/{kind}_000001.pt")(z) for kind in ("checkpoint", "generator")]
     assert torch.equal(*loads)
