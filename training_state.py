@@ -11,10 +11,10 @@ from command_line import UserError
 from Critic import Critic
 from distributed import normalise_over_ranks
 from Generator import Generator
+from ProjectedCritic import ProjectedCritic, load_frozen_network
 from run_folder import find_resume
-from settings import Settings, combine, parse, saved_settings
+from settings import HEADS, Settings, combine, parse, saved_settings
 
-HEADS = {"lr": 2e-4, "betas": (0.0, 0.99)}  # Adam of the projected critic's heads (Sauer et al. 2021)
 NETWORKS = ("generator", "critic", "projected")
 OPTIMIZERS = ("optim_g", "optim_d", "optim_p")
 MADE_BY = {"command": "", "data": {"name": "", "fingerprint": "", "images": 0}}  # what a resume reads of it
@@ -35,7 +35,10 @@ class State:
 
 
 def build_state(settings, device):
-    """Return the State of step 0. The initial weights depend on the seed alone, not on the device."""
+    """Return the State of step 0. The initial weights depend on the seed alone, not on the device.
+
+    On the device "meta" it is a plan without memory.
+    """
     torch.manual_seed(settings.seed)
     s, grown = settings, bool(settings.grow_from)
     generator = Generator(s.nz, s.ngf, 3, s.size, s.stem_norm, s.blocks_g, s.attention, grown)
@@ -43,9 +46,7 @@ def build_state(settings, device):
     if s.critic != "projected":
         critic = Critic(s.ndf, 3, s.size, s.norm, s.blocks_d, s.attention, grown)
     if s.critic != "pixel":
-        from ProjectedCritic import ProjectedCritic  # needs packages that nothing else needs
-
-        projected = ProjectedCritic(s.size)
+        projected = ProjectedCritic(s.size, None if torch.device(device).type == "meta" else load_frozen_network())
     for network in filter(None, (generator, critic, projected)):
         network.to(device, memory_format=torch.channels_last)
         normalise_over_ranks(network)
@@ -83,11 +84,12 @@ def check_checkpoint(file, path):
     if "optim_g" not in file:
         raise UserError(f"{path} holds a generator alone; resume from a checkpoint_*.pt")
     settings = Settings(**saved_settings(file.get("settings"), path))
-    names = ["generator", "ema", "optim_g", "made_by", "rng"] + ["critic", "optim_d"] * (settings.critic != "projected")
-    settings.critic = "pixel"  # the other one's shapes are those of a network that is not in the file
-    with torch.device("meta"):  # a plan without memory
-        plan = build_state(settings, "meta")
-        for optimizer in (plan.optim_g, plan.optim_d):
+    names = ["generator", "ema", "optim_g", "made_by", "rng"]
+    for without, parts in (("projected", ("critic", "optim_d")), ("pixel", ("projected", "optim_p"))):
+        names += [name for name in parts if settings.critic != without or file.get(name) is not None]
+    with torch.device("meta"):
+        plan = build_state(dataclasses.replace(settings, critic="both"), "meta")
+        for optimizer in (plan.optim_g, plan.optim_d, plan.optim_p):
             for parameter in optimizer.param_groups[0]["params"]:
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()  # makes its state
@@ -114,8 +116,6 @@ def read_settings(argv=None):
     path, file = find_resume(given.get("resume"), given.get("out"), check_checkpoint)
     if file:
         return combine(given, path, saved_settings(file["settings"], path)), file, path
-    if "start_from" in given:
-        given = {"augment": ["color", "translation"]} | given  # other images are mostly few
     for name in ("grow_from", "start_from"):
         if name in given:
             return combine(given, architecture=architecture_of(given[name], name == "grow_from")), None, None
@@ -132,6 +132,8 @@ def architecture_of(path, grows):
         theirs = file["critic"]["config"]
         config |= {name: theirs[name] for name in ("ndf", "norm") if name in theirs}
         config["blocks_d"] = theirs.get("blocks", "plain")
+    if file.get("projected"):
+        check_network(ProjectedCritic, file["projected"], f"{path}: projected")
     if grows:
         if not file.get("critic"):
             raise UserError(f"--grow-from {path}: holds no critic; take a checkpoint_*.pt")
