@@ -34,8 +34,7 @@ def batches_of(state, settings):
 def critic_step(state, settings, real, fake, epsilon):
     """Update the pixel critic once. real, fake: (B, 3, S, S) without a graph; epsilon: (B, 1, 1, 1).
 
-    Returns its scalars by their names in TensorBoard, on the device. Under torchrun all but the norm are about this
-    rank's share of the batch.
+    Returns its scalars by their names in TensorBoard; all but the norm are about this rank's share of the batch.
     """
     scalars, penalty = {}, real.new_zeros(())
     if settings.loss == "wgan-gp":
@@ -70,11 +69,10 @@ def generator_step(state, settings, fake, images, losses):
     losses: one for each critic. Two gradients are brought to the same norm, that of the first, and mixed.
     """
     # Weights of the critics get no gradients here. The losses share the graph of the augmented images.
-    gradients = [torch.autograd.grad(loss, images, retain_graph=loss is not losses[-1])[0] for loss in losses]
-    gradient = gradients[0]
-    if len(gradients) == 2:
-        first, second = (mean_over_ranks(g.float().square().sum()).sqrt() for g in gradients)
-        gradient = torch.lerp(gradient, gradients[1] * (first / second.clamp_min(1e-30)), settings.projected_share)
+    gradient, *other = [torch.autograd.grad(loss, images, retain_graph=loss is not losses[-1])[0] for loss in losses]
+    if other:
+        first, second = (mean_over_ranks(g.float().square().sum()).sqrt() for g in (gradient, *other))
+        gradient = torch.lerp(gradient, other[0] * (first / second.clamp_min(1e-30)), settings.projected_share)
     fake.backward(gradient)
     return {"loss/generator": losses[0].detach(), "generator/gradient_norm": finish_update(state.optim_g)}
 
@@ -99,9 +97,9 @@ def update_ema(ema, network, decay):
     ours, theirs = list(ema.state_dict().values()), list(network.state_dict().values())
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
     average([t for t in ours if t.is_floating_point()], [t for t in theirs if t.is_floating_point()], None)
-    for mine, other in zip(ours, theirs, strict=True):
-        if not mine.is_floating_point():
-            mine.copy_(other)
+    for counter, other in zip(ours, theirs, strict=True):
+        if not counter.is_floating_point():
+            counter.copy_(other)
 
 
 def set_fade(state, settings):

@@ -69,9 +69,9 @@ def test_files_that_are_no_models_are_refused_in_one_line(tmp_path):
         "huge": (huge, "settings make"),
         "linear": (content(generator, step=Huge()), "step"), "layer": (Huge(), "report's generator"),
         "step": (content(generator, step="3"), "step"), "settings": (content(generator, settings=[1]), "settings"),
-        "state": (content(generator, generator=network | {"state": [1]}), "network"),
+        "state": (content(generator, generator=network | {"state": [1]}), "generator"),
         "config": (content(generator, generator=network | {"config": {1: 2}}), "cannot be built"),
-        "missing": (content(generator, generator={"config": generator.config}), "network"),
+        "missing": (content(generator, generator={"config": generator.config}), "generator"),
         "nan": (content(generator, generator=network | {"state": nan}), "finite"),
     }  # fmt: skip
     with pytest.raises(UserError, match="nothing.pt"):

@@ -2,7 +2,7 @@ import re
 
 import pytest
 import torch
-from test_trainloop import CPU, Noise, equal, faces, go_on, scalars, settings_of, tiny  # noqa: F401 - two fixtures
+from test_trainloop import CPU, Noise, assert_equal_files, faces, go_on, scalars, settings_of, tiny  # noqa: F401 - two fixtures
 
 import ProjectedCritic
 from checkpoints import read_model_file
@@ -79,9 +79,8 @@ def test_a_resumed_run_equals_one_that_never_stopped(critic, tiny, tmp_path):  #
     assert tiny(*flags, "--steps", 4, "--out", "whole") == 0
     assert tiny(*flags, "--steps", 2, "--out", "parts") == 0
     assert go_on("--resume", "parts", "--steps", 4) == 0
-    whole, parts = (read_model_file(tmp_path / run / "checkpoint_000004.pt") for run in ("whole", "parts"))
-    for key in ("generator", "critic", "projected", "ema", "optim_g", "optim_d", "optim_p"):
-        assert equal(whole[key], parts[key]), key
+    assert_equal_files("whole/checkpoint_000004.pt", "parts/checkpoint_000004.pt", also=("projected", "optim_p"))
+    whole = read_model_file("whole/checkpoint_000004.pt")
     assert (whole["critic"] is None) == (critic == "projected") and whole["projected"] is not None
     assert list(scalars(tmp_path / "whole", "projected/wasserstein")) == [2, 4]
 
