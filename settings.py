@@ -173,7 +173,7 @@ def saved_settings(saved, path):
         check_together(given)
     except UserError as error:
         raise UserError(f"{path} is damaged: in its settings {' '.join(str(error)[:200].split())}") from error
-    return kept
+    return {name: getattr(given, name) for name in kept}
 
 
 def combine(given, path=None, saved=None, architecture=None):

@@ -68,7 +68,7 @@ def generator_step(state, settings, fake, images, losses):
     fake: (B, 3, S, S) with the generator's graph.  images: the same numbers, where the graphs of the losses end.
     losses: one for each critic. Two gradients are brought to the same norm, that of the first, and mixed.
     """
-    # Weights of the critics get no gradients here. The losses share the graph of the augmented images.
+    # The losses share the graph of the augmented images; no gradient of a critic's weight is computed.
     gradient, *other = [torch.autograd.grad(loss, images, retain_graph=loss is not losses[-1])[0] for loss in losses]
     if other:
         first, second = (mean_over_ranks(g.float().square().sum()).sqrt() for g in (gradient, *other))
