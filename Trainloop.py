@@ -38,9 +38,6 @@ from training_step import batches_of, train_step
 SAMPLES = 32  # faces in a sample grid: cell i is the face of seed i
 
 
-# ---- what one sees --------------------------------------------------------------------------------------------
-
-
 def spread(images):
     """Mean over pixels of the standard deviation over the batch: (B, C, H, W) -> scalar, 0 if all are alike."""
     return images.float().std(dim=0, correction=0).mean()
@@ -144,9 +141,6 @@ def dry_run(settings, device, begun):
     steps, speed = max(0, settings.steps - begun), len(batches_of(state, settings)) * settings.batch_size / per_step
     print(f"expected     {per_step * steps / 3600:.1f} hours for {steps:,} steps from step {begun:,} at "
           f"{1 / per_step:.2f} steps/s, {speed:.0f} images/s on {device}")  # fmt: skip
-
-
-# ---- the loop -------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -257,7 +257,6 @@ def test_a_file_tells_all_commands_that_made_it_without_their_folders(tiny, tmp_
         return args
 
     assert tiny(*run("1", "--steps", 1, "--out", "small")) == 0
-    assert tiny(*run("2", "--steps", 1, "--out", "large", "--grow-from", "small/checkpoint_000001.pt")) == 2  # size 32
     grow = ["--steps", 1, "--out", "large", "--grow-from", "small/checkpoint_000001.pt", "--size", 64]
     assert tiny(*run("2", *grow)) == 0
     for steps in (2, 3):
@@ -280,18 +279,18 @@ def test_two_networks_without_optimizers_are_enough_to_grow_and_a_generator_to_s
     assert all((adapted["ema"][key] - file["ema"][key]).abs().max() < 1e-6 for key in weights)
 
 
-@pytest.mark.parametrize("flags, words", [
-    ("--grow-from small/generator_000001.pt --size 64", "holds no critic"),
-    ("--grow-from small/checkpoint_000001.pt --size 128", "--size 128.*--size 64"),
-    ("--grow-from small/checkpoint_000001.pt --size 64 --ngf 16", "--ngf 16.*--ngf 8"),
-    ("--start-from small/checkpoint_000001.pt --size 64", "--size 64.*--size 32"),
-    ("--grow-from nowhere.pt", "nowhere.pt"),
-])  # fmt: skip
-def test_what_cannot_be_grown_is_refused_in_one_line(tiny, flags, words, error, capsys):
+def test_what_cannot_be_grown_is_refused_in_one_line(tiny, error, capsys):
     assert tiny("--steps", 1, "--out", "small") == 0
     capsys.readouterr()
-    assert tiny("--steps", 1, "--out", "large", *flags.split()) == 2
-    assert re.search(words, error())
+    for flags, words in (
+        ("--grow-from small/generator_000001.pt --size 64", "holds no critic"),
+        ("--grow-from small/checkpoint_000001.pt", "--size 32.*--size 64"),
+        ("--grow-from small/checkpoint_000001.pt --size 64 --ngf 16", "--ngf 16.*--ngf 8"),
+        ("--start-from small/checkpoint_000001.pt --size 64", "--size 64.*--size 32"),
+        ("--grow-from nowhere.pt", "nowhere.pt"),
+    ):
+        assert tiny("--steps", 1, "--out", "large", *flags.split()) == 2
+        assert re.search(words, error())
 
 
 # ---- checkpoints and resume -----------------------------------------------------------------------------------
@@ -482,7 +481,7 @@ def test_a_non_finite_loss_stops_with_its_step_and_keeps_the_checkpoint(tiny, tm
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
     ValueError("not enough values to unpack"),  # a fault of the program, which keeps its traceback
 ])  # fmt: skip
-def test_out_of_memory_names_the_batch_size(monkeypatch, error, raised):
+def test_out_of_memory_names_the_batch_size(error, raised):
     def command(argv):
         raise raised
 
