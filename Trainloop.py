@@ -128,10 +128,7 @@ def dry_run(settings, device, begun):
     kept = settings.steps // settings.checkpoint_every
     print("parameters   " + ", ".join(f"{name} {number:,}" for name, number in count.items()))
     if device.type == "cuda":
-        used, note = (
-            torch.cuda.max_memory_allocated(device),
-            "in all but the images, which take at most half of the rest",
-        )
+        used, note = torch.cuda.max_memory_allocated(device), f"on {torch.cuda.get_device_name()}, beside the images"
     else:
         used, note = full + 4 * sum(count.values()), "for weights, gradients and optimizers, beside the batch's"
     print(f"memory       {used / 1e9:.2f} GB {note}")
