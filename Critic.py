@@ -1,22 +1,14 @@
 """The critic, the Wasserstein losses it defines, and the two ways to keep it Lipschitz."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
-from command_line import UserError
-from Generator import SIZES, Attention, check_parts, check_size
+from Generator import SIZES, Attention, check_shape
 
-NORMS = ("batch", "layer", "none")
-NO_BATCH_NORM = ("--norm batch: the gradient penalty is about each image alone, and BatchNorm makes every score depend "
-                 "on the whole batch; use --norm layer or none, or --loss wgan")  # fmt: skip
-
-
-def make_norm(norm, channels):
-    """Return the normalisation layer that --norm names."""
-    if norm == "layer":
-        # GroupNorm with one group is LayerNorm over (C, H, W): each image by itself, as the penalty needs it.
-        return nn.GroupNorm(1, channels)
-    return nn.BatchNorm2d(channels) if norm == "batch" else nn.Identity()
+# GroupNorm with one group is LayerNorm over (C, H, W): each image by itself, as the gradient penalty needs it.
+NORMS = {"batch": nn.BatchNorm2d, "layer": partial(nn.GroupNorm, 1), "none": nn.Identity}  # of a number of channels
 
 
 def leaky(x):
@@ -29,7 +21,7 @@ class Down(nn.Module):
     def __init__(self, c_in, c_out, norm):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel_size=4, stride=2, padding=1, bias=norm == "none")
-        self.norm = make_norm(norm, c_out)
+        self.norm = NORMS[norm](c_out)
 
     def forward(self, x):
         return leaky(self.norm(self.conv(x)))
@@ -41,9 +33,9 @@ class ResidualDown(nn.Module):
     def __init__(self, c_in, c_out, norm):
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_in, kernel_size=3, padding=1, bias=norm == "none")
-        self.norm1 = make_norm(norm, c_in)
+        self.norm1 = NORMS[norm](c_in)
         self.conv2 = nn.Conv2d(c_in, c_out, kernel_size=3, padding=1, bias=norm == "none")
-        self.norm2 = make_norm(norm, c_out)
+        self.norm2 = NORMS[norm](c_out)
         self.shortcut = nn.Conv2d(c_in, c_out, kernel_size=1)
 
     def forward(self, x):
@@ -65,8 +57,8 @@ class Critic(nn.Module):
 
     norm: "batch" (the report), "layer" (Gulrajani et al. 2017, section 4) or "none". BatchNorm lets the
     images of a batch see each other, so it must not be combined with the gradient penalty.
-    blocks, attention, grown: as in the generator; attention comes before the block of its resolution, and `fade`
-    blends the features that the smaller critic sees in the halved image with those of the new block.
+    blocks: one of BLOCKS.  attention, grown: as in the generator; attention comes before the block of its resolution,
+    and `fade` blends the features that the smaller critic sees in the halved image with those of the new block.
 
     Raises UserError for a size, width, norm or resolution that cannot be built.
     """
@@ -75,11 +67,8 @@ class Critic(nn.Module):
         super().__init__()
         self.config = {"ndf": ndf, "nc": nc, "size": size, "norm": norm, "blocks": blocks, "attention": attention,
                        "grown": grown}  # fmt: skip
-        check_size("ndf", ndf, size)
-        check_parts(size, blocks, attention, grown)
-        if norm not in NORMS:
-            raise UserError(f"--norm {norm}: choose one of {', '.join(NORMS)}")
-        self.norm, self.size = norm, size
+        check_shape("--ndf", ndf, size, attention, grown)
+        self.size = size
 
         def from_rgb(resolution):
             return nn.Conv2d(nc, width[resolution // 2], kernel_size=4, stride=2, padding=1, bias=norm == "none")
@@ -112,11 +101,9 @@ class Critic(nn.Module):
 def critic_loss(real_scores, fake_scores):
     """Wasserstein loss of the critic (Arjovsky et al. 2017, algorithm 1): two (N,) tensors -> scalar to minimise.
 
-    The critic shall give real images high and generated ones low scores, so it minimises fake - real.
-    The report had the sign the wrong way round at first, real - fake, and got very bad results until its
-    supervisor saw it (section 3.3.1): so minimised, it teaches the critic to score fakes above real images.
-    With the right sign the loss is negative while the critic can tell the two apart, and -loss estimates
-    the distance.
+    The critic shall give real images high and generated ones low scores, so it minimises fake - real. The report had
+    the sign the wrong way round at first, and got very bad results until its supervisor saw it (section 3.3.1).
+    The loss is negative while the critic can tell the two apart, and -loss estimates the distance.
     """
     return fake_scores.mean() - real_scores.mean()
 
@@ -131,11 +118,8 @@ def gradient_penalty(critic, real, fake, epsilon):
 
     real, fake: (N, C, H, W).  epsilon: (N, 1, 1, 1) in [0, 1], the share of the real image in each mix.
     The norm is over all pixels and channels of one image, in fp32. Returns a scalar without the factor lambda.
-
-    Raises ValueError for a critic with BatchNorm.
+    It is about each image alone, so the critic must not have BatchNorm.
     """
-    if any(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)) for m in critic.modules()):
-        raise ValueError(NO_BATCH_NORM)
     mix = torch.lerp(fake, real, epsilon).detach().requires_grad_()  # (N, C, H, W)
     score = critic(mix).sum()
     with torch.autocast(mix.device.type, enabled=False):  # each layer's gradient in the type of its forward pass

@@ -12,11 +12,8 @@ STEM_WIDTH = 512  # channels of the 4x4 block, whatever ngf is (the report's sli
 def latent(seed, nz=100):
     """Return the latent vector that `seed` means: (nz,) float32, standard normal.
 
-    It is drawn by a CPU generator of its own, so a seed is the same face on every device,
-    and drawing it disturbs no other random number.
-
-    Raises UserError for a seed outside 0 .. 2**32 - 1 (torch's CPU generator reads 32 bits,
-    so larger seeds would silently repeat smaller ones).
+    It is drawn by a CPU generator of its own: the same face on every device, and no other random number is disturbed.
+    Raises UserError for a seed outside 0 .. 2**32 - 1: torch reads 32 bits, so larger ones would repeat smaller ones.
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"seed {seed} is outside 0 .. {2**32 - 1}")
@@ -36,10 +33,9 @@ class Up(nn.Module):
 
 
 class ResidualUp(nn.Module):
-    """Double the resolution without transposed convolutions: (N, c_in, R/2, R/2) -> (N, c_out, R, R).
+    """Double the resolution: (N, c_in, R/2, R/2) -> (N, c_out, R, R), by nearest neighbours and two convolutions.
 
-    Nearest neighbours and two 3x3 convolutions beside a shortcut, as in the residual networks of Gulrajani et
-    al. (2017, appendix F), with the activation last as in Up.
+    They lie beside a shortcut, as in Gulrajani et al. (2017, appendix F), but with the activation last as in Up.
     """
 
     def __init__(self, c_in, c_out):
@@ -59,7 +55,7 @@ class ResidualUp(nn.Module):
 class ModulatedNorm(nn.Module):
     """BatchNorm whose scale and shift come from the latent vector: (N, C, H, W), (N, nz) -> (N, C, H, W).
 
-    Self-modulation (Chen et al. 2019, equation 2) with a linear layer, which starts near the identity.
+    Self-modulation (Chen et al. 2019, equation 2), which starts near the identity.
     """
 
     def __init__(self, channels, nz):
@@ -77,8 +73,7 @@ class ModulatedNorm(nn.Module):
 class ModulatedUp(nn.Module):
     """Double the resolution, the latent vector in hand: (N, c_in, R/2, R/2), (N, nz) -> (N, c_out, R, R).
 
-    A residual block like ResidualUp, but with its first convolution before the resolution doubles, at a quarter of
-    the cost, and with ModulatedNorm.
+    Like ResidualUp, but with ModulatedNorm, and its first convolution at the lower resolution, a quarter of the cost.
     """
 
     def __init__(self, c_in, c_out, nz):
@@ -98,9 +93,8 @@ class ModulatedUp(nn.Module):
 class Attention(nn.Module):
     """Self-attention of SAGAN (Zhang et al. 2019, section 3): (N, C, H, W) -> (N, C, H, W).
 
-    `gate`, the paper's gamma, is learned and starts at 0, where the block is the identity. Keys and values are
-    pooled to a quarter of the positions, as in the paper's own code. Written out, because the fused attention
-    of torch has no second derivative, which the gradient penalty needs.
+    `gate`, the paper's gamma, is learned and starts at 0, where the block is the identity. Keys and values are pooled,
+    as in the paper's own code. torch's fused attention has no second derivative, which the gradient penalty needs.
     """
 
     def __init__(self, channels):
@@ -132,18 +126,15 @@ BLOCKS = {"plain": Up, "residual": ResidualUp, "modulated": ModulatedUp}
 class Generator(nn.Module):
     """The report's generator: (N, nz) latent vectors -> (N, nc, size, size) images in [-1, 1].
 
-    Linear to 4x4x512, one block for each doubling of the resolution, convolution, Tanh.
-    One rule gives the width at every resolution R: ngf * 64 / R, that is ngf*8 at 8x8 and ngf/2 at 128x128.
-    A state-dict key names the resolution of its block (`up.64.conv.weight`), so that the blocks of a
-    128 px model fit into a 256 px one by name.
+    Linear to 4x4x512, one block for each doubling of the resolution, convolution, Tanh. The width at resolution R is
+    ngf * 64 / R: ngf*8 at 8x8, ngf/2 at 128x128. A state-dict key names the resolution of its block, as in
+    `up.64.conv.weight`, so that the blocks of a 128 px model fit into a 256 px one by name.
 
     nz: length of the latent vector.  ngf: channels at 64x64.  nc: colour channels.  size: pixels, one of SIZES.
-    stem_norm: BatchNorm and ReLU after the linear layer. The report's slides have both, its published
-    code had neither.
-    blocks: "plain", the report's transposed convolutions, "residual", or "modulated", which sees z at every resolution.
-    attention: the resolution at which self-attention follows the block, 0 for none.
-    grown: the network was grown from one of half its size, whose to_rgb it keeps. The buffer `fade` blends the
-    two (Karras et al. 2018, figure 2): 0 gives the smaller network's image with each pixel doubled, 1 its own.
+    stem_norm: BatchNorm and ReLU after the linear layer; the report's slides have both, its published code neither.
+    blocks: one of BLOCKS.  attention: the resolution at which self-attention follows the block, 0 for none.
+    grown: from a network of half the size, whose to_rgb it keeps. The buffer `fade` blends the two (Karras et al. 2018,
+    figure 2): 0 gives the smaller network's image with each pixel doubled, 1 its own.
 
     Raises UserError for a size, width or resolution that cannot be built.
     """
@@ -152,10 +143,7 @@ class Generator(nn.Module):
         super().__init__()
         self.config = {"nz": nz, "ngf": ngf, "nc": nc, "size": size, "stem_norm": stem_norm, "blocks": blocks,
                        "attention": attention, "grown": grown}  # fmt: skip
-        check_size("ngf", ngf, size)
-        check_parts(size, blocks, attention, grown)
-        if nz < 1:
-            raise UserError(f"--nz {nz}: the latent vector needs at least one number")
+        check_shape("--ngf", ngf, size, attention, grown)
         self.nz, self.size, self.modulated = nz, size, blocks == "modulated"
 
         self.linear = nn.Linear(nz, STEM_WIDTH * 4 * 4)
@@ -188,22 +176,16 @@ class Generator(nn.Module):
 
 
 def to_uint8(images):
-    """(N, 3, S, S) in [-1, 1] -> uint8 0 .. 255, as a picture file would hold them."""
+    """(N, 3, S, S) in [-1, 1] -> uint8, as a picture file would hold them."""
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def check_size(flag, width, size):
-    """Raise UserError unless networks of `size` pixels exist and --`flag` leaves them at least one channel."""
+def check_shape(flag, width, size, attention, grown):
+    """Raise UserError unless a network of `size` pixels can have this width, and attention, and be grown."""
     if size not in SIZES:
         raise UserError(f"--size {size}: choose one of {', '.join(map(str, SIZES))}")
     if width < 1 or width * 64 < size:
-        raise UserError(f"--{flag} {width}: too narrow for --size {size}, use at least {max(1, size // 64)}")
-
-
-def check_parts(size, blocks, attention, grown):
-    """Raise UserError unless networks of `size` pixels can have these blocks, this attention, and be grown."""
-    if blocks not in BLOCKS:
-        raise UserError(f"--blocks {blocks}: choose one of {', '.join(BLOCKS)}")
+        raise UserError(f"{flag} {width}: too narrow for --size {size}, use at least {max(1, size // 64)}")
     resolutions = [r for r in (8, 16, *SIZES) if r < size]  # the critic has no features at `size` itself
     if attention not in (0, *resolutions):
         raise UserError(f"--attention {attention}: choose 0 (none), {', '.join(map(str, resolutions))}")

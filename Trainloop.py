@@ -14,6 +14,7 @@ import shlex
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -23,30 +24,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import distributed
 from atomic_write import atomic_write
-from checkpoints import read_model_file
+from checkpoints import NETWORKS, read_model_file
 from command_line import UserError, run_command
 from Dataset import estimate_pack, open_data
 from device import prepare, resolve_precision
-from distributed import (
-    agree_on_stop,
-    from_rank_0,
-    joined_ranks,
-    mean_over_ranks,
-    one_rank_first,
-    pick_rank_device,
-    rank,
-    share_of_batch,
-)
 from Generator import latent, to_uint8
 from run_folder import list_checkpoints, locked, new_run_folder, save_checkpoint, telling_what_is_kept
-from training_state import build_state, content_of, read_settings, restore, take_over
-from training_step import train_step
+from training_state import OPTIMIZERS, build_state, content_of, read_settings, restore, take_over
+from training_step import batches_of, train_step
 
 SAMPLES = 32  # faces in a sample grid: cell i is the face of seed i
-
-
-# ---- what one sees --------------------------------------------------------------------------------------------
 
 
 def spread(images):
@@ -60,8 +49,8 @@ def mean_scalars(noted, state, out):
     Raises FloatingPointError where one of them, or a weight, is not a finite number.
     """
     values = torch.stack([torch.stack(list(scalars.values())) for scalars in noted])  # (steps, names)
-    values = mean_over_ranks(values).cpu()  # CPU-GPU sync point
-    networks = [network for network in (state.generator, state.critic, state.projected) if network]
+    values = distributed.mean_over_ranks(values).cpu()  # CPU-GPU sync point
+    networks = filter(None, (state.generator, state.critic, state.projected))
     weights = torch.nn.utils.get_total_norm([p for network in networks for p in network.parameters()])
     bad = (~values.isfinite().all(dim=1)).nonzero()
     if len(bad) or not weights.isfinite():
@@ -78,7 +67,7 @@ def log(writer, bar, state, settings, scalars, real, fake, speed):
     """Write scalars to TensorBoard and a line to the terminal. real, fake: (B, 3, S, S); speed: steps per second."""
     # 1: the fakes differ from each other as the real images do.  0: mode collapse.
     scalars["generator/diversity"] = (spread(fake) / spread(real).clamp_min(1e-6)).item()
-    scalars["speed/images_per_second"] = speed * settings.n_critic * settings.batch_size
+    scalars["speed/images_per_second"] = speed * settings.batch_size * len(batches_of(state, settings))
     if settings.loss == "wgan" and state.critic:
         weights = torch.cat([p.detach().flatten() for p in state.critic.parameters()])
         scalars["critic/clipped_share"] = (weights.abs() >= settings.clip_value).float().mean().item()
@@ -103,15 +92,14 @@ def write_samples(writer, state, settings, real, out):
     grids = {"generated": network(z), "real": real[:SAMPLES]}
     network.train(network is state.generator)
     for name, images in grids.items():
-        grid = make_grid(to_uint8(images).cpu(), nrow=8, padding=2, pad_value=255)  # (3, H, W)
-        writer.add_image(f"samples/{name}", grid, state.step)
-        if name == "generated":
-            with atomic_write(out / "samples.png") as temporary:
-                save_image(grid / 255, temporary)
+        grids[name] = make_grid(to_uint8(images).cpu(), nrow=8, padding=2, pad_value=255)  # (3, H, W)
+        writer.add_image(f"samples/{name}", grids[name], state.step)
+    with atomic_write(out / "samples.png") as temporary:
+        save_image(grids["generated"] / 255, temporary)
 
 
-def dry_run(state, settings, device):
-    """Print parameters, memory, disk and expected hours; the speed is measured on a few steps of random images."""
+def dry_run(settings, device, begun):
+    """Print parameters, memory, disk and the hours from step `begun` on, as a few steps of random images take them."""
 
     class RandomImages:
         def __len__(self):
@@ -129,27 +117,27 @@ def dry_run(state, settings, device):
         return (time.perf_counter() - start) / steps
 
     images, packed = estimate_pack(settings.data, settings.size)
+    state = build_state(settings, device)
     seconds(2)  # warm up
     per_step = seconds(3 if device.type == "cpu" else 50)
-    networks = {name: getattr(state, name) for name in ("generator", "critic") if getattr(state, name)}
+    networks = {name: getattr(state, name) for name in NETWORKS if getattr(state, name)}
     count = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
-    steps, kept = settings.steps, settings.steps // settings.checkpoint_every
-    full = 12 * sum(count.values()) + 4 * count["generator"] * bool(settings.ema)
+    slots = [slot for name in OPTIMIZERS if getattr(state, name) for slot in getattr(state, name).state.values()]
+    slots += [network.state_dict() for network in (*networks.values(), state.ema) if network]
+    full = sum(tensor.nbytes for slot in slots for tensor in slot.values())
+    kept = settings.steps // settings.checkpoint_every
     print("parameters   " + ", ".join(f"{name} {number:,}" for name, number in count.items()))
     if device.type == "cuda":
-        print(f"memory       {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on {torch.cuda.get_device_name()}, "
-              "beside the images, which go there where they fill no more than half of what is free")  # fmt: skip
+        used, note = torch.cuda.max_memory_allocated(device), f"on {torch.cuda.get_device_name()}, beside the images"
     else:
-        print(f"memory       {(full + 4 * sum(count.values())) / 1e9:.2f} GB for weights, gradients and optimizers, "
-              "beside the batch's")  # fmt: skip
+        used, note = full + 4 * sum(count.values()), "for weights, gradients and optimizers, beside the batch's"
+    print(f"memory       {used / 1e9:.2f} GB {note}")
     print(f"disk         {packed / 1e9:.2f} GB for {images:,} packed images, {(settings.keep + 1) * full / 1e9:.2f} GB "
-          f"for the last {settings.keep} checkpoints (+1 while writing), {kept * 4 * count['generator'] / 1e9:.2f} GB "
-          f"for {kept} generators")  # fmt: skip
-    print(f"expected     {per_step * steps / 3600:.1f} hours for {steps:,} steps at {1 / per_step:.2f} "
-          f"steps/s, {settings.n_critic * settings.batch_size / per_step:.0f} images/s on {device}")  # fmt: skip
-
-
-# ---- the loop -------------------------------------------------------------------------------------------------
+          f"for the last {settings.keep} checkpoints (+1 while writing), {4e-9 * kept * count['generator']:.2f} GB for "
+          f"{kept} generators")  # fmt: skip
+    steps, speed = max(0, settings.steps - begun), len(batches_of(state, settings)) * settings.batch_size / per_step
+    print(f"expected     {per_step * steps / 3600:.1f} hours for {steps:,} steps from step {begun:,} at "
+          f"{1 / per_step:.2f} steps/s, {speed:.0f} images/s on {device}")  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -167,7 +155,7 @@ def noting_signals(out):
         text = (f"\n{signal.Signals(number).name}: finishing the step and writing a checkpoint into {out}; Ctrl-C now "
                 "would lose all steps since the one before\n")  # fmt: skip
         with contextlib.suppress(OSError):  # not print, which a signal may have come into the midst of
-            os.write(2, text.encode() if rank() == 0 else b"")
+            os.write(2, text.encode() if distributed.rank() == 0 else b"")
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     handlers = {number: signal.signal(number, note) for number in numbers}
@@ -179,8 +167,9 @@ def noting_signals(out):
 
 
 def describe_run(dataset, file):
-    """Return what a model file says about its making: the commands of all runs that led to it, a line each, without
-    folders, the versions and the data. file: of the model that the run goes on from, or an empty dict.
+    """Return what a model file says about its making: the commands of all runs that led to it, without folders.
+
+    file: of the model that the run goes on from, or an empty dict.
     """
     words = [re.sub(r"(^|=)[^=]*[/\\](?=.)", r"\1", word) for word in sys.argv]
     command = shlex.join(["python", *words])
@@ -207,7 +196,7 @@ def start(settings, device, dataset, checkpoint, path):
         print(f"Going on from step {state.step:,} of {path}.")
     elif source := settings.grow_from or settings.start_from:
         checkpoint = read_model_file(source)
-        take_over(state, checkpoint, source, grows=bool(settings.grow_from))
+        take_over(state, checkpoint, source)
     made_by = describe_run(dataset, checkpoint or {})
     if checkpoint:
         checkpoint.clear()  # or its tensors would stay in memory for all of the run
@@ -216,32 +205,34 @@ def start(settings, device, dataset, checkpoint, path):
 
 def train(settings, checkpoint=None, path=None):
     """Train until step settings.steps, or until a signal. Returns the exit status."""
-    device = pick_rank_device(settings.device)
+    device = distributed.pick_rank_device(settings.device)
     prepare(device)
-    settings.precision = from_rank_0(resolve_precision, settings.precision, device)
-    share_of_batch(settings.batch_size)  # refuses one that the ranks cannot share
+    settings.precision = distributed.from_rank_0(resolve_precision, settings.precision, device)
+    distributed.share_of_batch(settings.batch_size)  # refuses one that the ranks cannot share
     if settings.dry_run:
-        return dry_run(build_state(settings, device), settings, device)
+        return dry_run(settings, device, begun=checkpoint["step"] if checkpoint else 0)
     from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed only here
 
+    is_first = distributed.rank() == 0
     with contextlib.ExitStack() as stack:
-        if settings.out and rank() == 0:
+        if settings.out and is_first:
             stack.enter_context(locked(Path(settings.out), is_new=not checkpoint))
-        dataset = one_rank_first(lambda: open_data(settings.data, settings.size, settings.crop, settings.split,
-                                                   settings.cache, settings.workers, quiet=rank() > 0))  # fmt: skip
+        source = settings.data, settings.size, settings.crop, settings.split, settings.cache, settings.workers
+        dataset = distributed.one_rank_first(partial(open_data, *source, quiet=not is_first))
         settings.data = dataset.paths  # so that a resume finds the same, also where none were given
         state, made_by = start(settings, device, dataset, checkpoint, path)
         if state.step >= settings.steps:
             print(f"Nothing to do: {settings.out} is at step {state.step:,} of --steps {settings.steps:,}.")
             return 0
         if settings.out is None:
-            settings.out = str(from_rank_0(new_run_folder, f"{dataset.name}-{settings.size}px-{settings.loss}"))
-            if rank() == 0:
+            name = f"{dataset.name}-{settings.size}px-{settings.loss}"
+            settings.out = str(distributed.from_rank_0(new_run_folder, name))
+            if is_first:
                 stack.enter_context(locked(Path(settings.out), is_new=True))
         out = Path(settings.out)
         print(f"Training {settings.size} px on {len(dataset):,} images ({dataset.name}), {settings.precision} on "
               f"{device}, into {out}\nWatch it with: tensorboard --logdir {out.parent}", flush=True)  # fmt: skip
-        if rank() == 0:
+        if is_first:
             stack.enter_context(telling_what_is_kept(out))
             # purge_step hides what a killed run had logged after its last checkpoint, and now comes again.
             writer = stack.enter_context(SummaryWriter(out, purge_step=state.step + 1, flush_secs=10))
@@ -249,27 +240,26 @@ def train(settings, checkpoint=None, path=None):
             writer.add_text("settings", f"| setting | value |\n|---|---|\n{table}", state.step)
         signals = stack.enter_context(noting_signals(out))
         bar = stack.enter_context(tqdm(total=settings.steps, initial=state.step, unit="step", dynamic_ncols=True,
-                                       disable=True if rank() else None))  # fmt: skip
-        begin, noted = time.perf_counter(), []
-        last_log = begin
-        is_last = False
+                                       disable=None if is_first else True))  # fmt: skip
+        noted, is_last = [], False
+        begin = last_log = time.perf_counter()
         while not is_last:
             scalars, real, fake = train_step(state, settings, dataset, device)
             noted.append(scalars)
             bar.update()
-            stop = agree_on_stop(signals)
+            stop = distributed.agree_on_stop(signals)
             is_last = stop > 0 or state.step == settings.steps
             rhythms = settings.log_every, settings.sample_every, settings.checkpoint_every
             log_now, sample_now, save_now = (is_last or state.step % every == 0 for every in rhythms)
             if log_now or save_now:  # what is saved was checked and logged, so that a resume carries nothing over
                 scalars, now = mean_scalars(noted, state, out), time.perf_counter()
-                if rank() == 0:
+                if is_first:
                     log(writer, bar, state, settings, scalars, real, fake, speed=len(noted) / (now - last_log))
                 last_log = now
                 noted.clear()
-            if sample_now and rank() == 0:
+            if sample_now and is_first:
                 write_samples(writer, state, settings, real, out)
-            if save_now and rank() == 0:
+            if save_now and is_first:
                 writer.flush()  # what is logged must not be younger than this
                 save_checkpoint(content_of(state, vars(settings), made_by), out, settings.keep)
         took = bar.format_interval(time.perf_counter() - begin)
@@ -283,7 +273,7 @@ def train(settings, checkpoint=None, path=None):
 
 
 def train_command(argv):
-    with joined_ranks():
+    with distributed.joined_ranks():
         return train(*read_settings(argv))
 
 

@@ -11,6 +11,7 @@ from command_line import UserError
 from Generator import Generator
 
 FORMAT = 1  # version of the files
+NETWORKS = ("generator", "critic", "projected")  # each {config, state} in a file, or None
 
 
 def read_model_file(path):
@@ -34,19 +35,19 @@ def read_model_file(path):
         raise UserError(f"{path} is not a whole model file ({reason or type(error).__name__})") from error
     if isinstance(file, nn.Module):
         return convert_report_file(file, path)
-    if not isinstance(file, dict) or "generator" not in file or "format" not in file:
+    if not isinstance(file, dict) or not isinstance(file.get("generator"), dict) or "format" not in file:
         bare = isinstance(file, dict) and file and all(isinstance(value, torch.Tensor) for value in file.values())
         reason = "bare weights without the settings to build a network from" if bare else "no generator of this project"
         raise UserError(f"{path} holds {reason}; take a generator_*.pt or checkpoint_*.pt")
     if type(file["format"]) is not int or file["format"] != FORMAT:
         raise UserError(f"{path} has format {str(file['format'])[:9]}, this version reads format {FORMAT}")
-    kinds = {"step": int, "settings": dict, "made_by": dict, "critic": dict, "ema": dict, "generator": dict}
-    wrong = [key for key, kind in kinds.items() if not isinstance(file.get(key), kind | None)]
-    parts = [file[key] for key in ("generator", "critic") if not wrong and file.get(key) is not None]
-    if wrong or not all(isinstance(part.get(key), dict) for part in parts for key in ("config", "state")):
-        raise UserError(f"{path} is damaged: its {(wrong or ['network'])[0]} is not what it should be")
-    for part in parts:
-        if all(str(key).startswith("module.") for key in part["state"]):  # of a network in DataParallel
+    for name in (*NETWORKS, "step", "settings", "made_by", "ema"):
+        part, kind = file.get(name), int if name == "step" else dict
+        is_network = name in NETWORKS and isinstance(part, dict)
+        parts = [part.get(key) for key in ("config", "state")] if is_network else []
+        if not isinstance(part, kind | None) or not all(isinstance(value, dict) for value in parts):
+            raise UserError(f"{path} is damaged: its {name} is not what it should be")
+        if is_network and all(str(key).startswith("module.") for key in part["state"]):  # it was in DataParallel
             part["state"] = {key.removeprefix("module."): tensor for key, tensor in part["state"].items()}
     return file
 
@@ -78,7 +79,9 @@ def check_like(value, example, where):
         for key in example:
             check_like(value[key], example[key], f"{where}.{key}")
     elif isinstance(example, torch.Tensor):
-        if not isinstance(value, torch.Tensor) or value.shape != example.shape or value.layout != example.layout:
+        if not isinstance(value, torch.Tensor) or value.is_meta or value.layout != example.layout:
+            raise UserError(f"{where} is no plain tensor")
+        if value.shape != example.shape:
             raise UserError(f"{where} is not what its settings make")
         if value.is_floating_point() != example.is_floating_point() or not value.isfinite().all():
             raise UserError(f"{where} holds no finite numbers; its training has diverged, or the file is damaged")
@@ -91,7 +94,7 @@ def check_network(kind, part, where):
     try:
         with torch.device("meta"):  # a plan without memory, so that no file can ask for more than it holds
             plan = kind(**part["config"])
-    except (UserError, TypeError, RuntimeError, OverflowError) as error:
+    except (UserError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         raise UserError(f"{where}: cannot be built from its settings ({str(error).splitlines()[0]})") from error
     check_like(part["state"], plan.state_dict(), where)
 
@@ -102,22 +105,25 @@ def weights_of(file):
 
 
 def generator_only(file):
-    """Return what a generator file holds of any model file: not the critic, not the optimizers, one set of weights."""
+    """Return what a generator file holds of any model file: one set of weights, and settings that tell no folders."""
     generator = {"config": file["generator"]["config"], "state": dict(weights_of(file))}
-    made = {"settings": file.get("settings") or {}, "made_by": file.get("made_by") or {}}
+
+    def cut(value):  # paths to their names
+        cut_text = re.sub(r"(?s).*[/\\](?=.)", "", value) if isinstance(value, str) else value
+        return [cut(part) for part in value] if isinstance(value, list) else cut_text
+
+    settings = {name: cut(value) for name, value in (file.get("settings") or {}).items()}
+    made = {"settings": settings, "made_by": file.get("made_by") or {}}
     return {"format": FORMAT, "step": file.get("step"), **made, "generator": generator}
 
 
 def load_generator(source, device="cpu", name="the model"):
-    """Return the Generator in a model file, in eval mode and without gradients.
+    """Return the Generator in a model file, in eval mode and without gradients, built from what is saved there.
 
-    source: a path, or the dict that read_model_file returned for `name`. Checkpoints, generator files and the report's
-    files are built from the settings saved in them. Nothing in the file is executed.
-
+    source: a path, or the dict that read_model_file returned for `name`.
     Raises UserError where the file is missing, torn, no such model, or not finite.
     """
-    file = source if isinstance(source, dict) else read_model_file(source)
-    name = name if isinstance(source, dict) else source
+    file, name = (source, name) if isinstance(source, dict) else (read_model_file(source), source)
     check_network(Generator, file["generator"] | {"state": weights_of(file)}, f"{name}: generator")
     generator = Generator(**file["generator"]["config"])
     generator.load_state_dict(weights_of(file))
@@ -152,17 +158,15 @@ def list_models(folder):
 def convert_report_file(module, path):
     """Return the dict of a model file for `module`, which the report's code pickled whole and `path` held.
 
-    The layers are the same under other names (linear, convT1 .. convT5, bn1 .. bn5, conv), and their numbers
-    are taken as they are; `module` itself never runs. Its ngf is read from the layers, its step from the name.
-
-    Raises UserError where the layers are not those of the report's 128 px generator.
+    The layers are the same under other names, and their numbers are taken as they are; `module` itself never runs.
+    Raises UserError where they are not those of the report's 128 px generator.
     """
     keys = {"linear": "linear", "conv": "to_rgb.128"}
     for i, resolution in enumerate((8, 16, 32, 64, 128), start=1):
         keys |= {f"convT{i}": f"up.{resolution}.conv", f"bn{i}": f"up.{resolution}.norm"}
     try:
         layers = module._modules
-        if set(layers) != set(keys):
+        if layers.keys() != keys.keys():
             raise UserError(f"its layers are {', '.join(layers) or 'none'}")
         with torch.device("meta"):  # a plan without memory: it takes over the file's tensors below
             plan = Generator(layers["linear"].in_features, layers["convT4"].out_channels, stem_norm=False)
@@ -177,10 +181,8 @@ def convert_report_file(module, path):
     except (KeyError, TypeError, UserError, AttributeError, RuntimeError) as error:
         reason = str(error).rpartition("\n")[2].strip()
         raise UserError(f"{path} is a pickled module, but not the report's generator: {reason}") from error
-    return {
-        "format": FORMAT,
-        "step": max(step_of(path), 0),
-        "settings": plan.config | {"crop": "squash", "split": "all", "lipschitz": "clip", "norm": "batch"},
-        "generator": {"config": plan.config, "state": dict(plan.state_dict())},
-        "made_by": {"command": "the report's code, torch.save(model)", "data": "CelebA, img_align_celeba"},
-    }
+    settings = plan.config | {"crop": "squash", "split": "all", "loss": "wgan", "norm": "batch"}
+    made_by = {"command": "the report's code, torch.save(model)", "data": "CelebA, img_align_celeba"}
+    generator = {"config": plan.config, "state": dict(plan.state_dict())}
+    return {"format": FORMAT, "step": max(step_of(path), 0), "settings": settings, "made_by": made_by,
+            "generator": generator}  # fmt: skip

@@ -43,6 +43,23 @@ def filled_path(text):
     return Path(text)
 
 
+def checked(kind, within=None):
+    """Return a type for argparse: a text that is not empty, or a number in an interval such as "[0, 1)"."""
+
+    def read(text):
+        value = kind(text)
+        if value == "":
+            raise argparse.ArgumentTypeError("is empty; is a shell variable not set?")
+        if within:
+            low, high = map(float, within[1:-1].split(","))
+            if not low <= value <= high or value == low and "(" in within or value == high and ")" in within:
+                raise argparse.ArgumentTypeError(f"{value}: does not lie in {within}")
+        return value
+
+    read.__name__ = {int: "whole number", float: "number"}.get(kind, "text")  # in argparse's own errors
+    return read
+
+
 class Output:
     """A text stream that drops what nobody can read any more (| head -1, a closed terminal), so no print ends a job."""
 

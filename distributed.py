@@ -48,24 +48,19 @@ def joined_ranks():
 
 
 def pick_rank_device(name):
-    """Return the torch.device that the value of --device names; under torchrun the CPU or this rank's own GPU.
-
-    Raises UserError where the machine lacks that device.
-    """
-    if not is_distributed() or name == "cpu":
-        return pick_device(name)
-    if name not in ("auto", "cuda"):
+    """Return the torch.device that the value of --device names; under torchrun the CPU or this rank's own GPU."""
+    if is_distributed() and name not in ("auto", "cuda", "cpu"):
         raise UserError(f"--device {name}: under torchrun each process has a GPU of its own; choose auto, cuda or cpu")
-    if name == "auto" and not torch.cuda.is_available():
-        return torch.device("cpu")
-    return pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    if is_distributed() and name != "cpu":
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" or torch.cuda.is_available() else "cpu"
+    return pick_device(name)
 
 
 def share_of_batch(batch_size):
     """Return the slice of a batch that is this rank's: contiguous, of the same length on all ranks."""
-    if batch_size % world_size():
+    share, rest = divmod(batch_size, world_size())
+    if rest:
         raise UserError(f"--batch-size {batch_size}: cannot be shared by {world_size()} processes; use a multiple")
-    share = batch_size // world_size()
     return slice(rank() * share, (rank() + 1) * share)
 
 
@@ -87,34 +82,6 @@ def one_rank_first(function):
     return function() if result is None else result
 
 
-class SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over all ranks; its gradient is the sum of theirs. torch's own function is deprecated."""
-
-    @staticmethod
-    def forward(ctx, tensor):
-        total = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return SumOverRanks.apply(gradient)
-
-
-def mean_over_ranks(tensor):
-    """Return the mean of a tensor over all ranks, with its gradient; all must call it, with the same shape."""
-    return SumOverRanks.apply(tensor) / world_size() if is_distributed() else tensor
-
-
-@torch.no_grad()
-def average_over_ranks(tensors):
-    """Put in place of each tensor its mean over all ranks, in one message."""
-    if is_distributed():
-        flat = mean_over_ranks(torch.cat([tensor.flatten() for tensor in tensors]))
-        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(mean.view_as(tensor))
-
-
 def agree_on_stop(signals):
     """Return the signal that ends the run after this step, whichever rank it reached; 0 if none did.
 
@@ -126,15 +93,42 @@ def agree_on_stop(signals):
     return number.item()
 
 
+class MeanOverRanks(torch.autograd.Function):
+    """The mean of a tensor over all ranks; its gradient is the mean of theirs. torch's own function is deprecated."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total / world_size()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return MeanOverRanks.apply(gradient)
+
+
+def mean_over_ranks(tensor):
+    """Return the mean of a tensor over all ranks, with its gradient; all must call it, with the same shape."""
+    return MeanOverRanks.apply(tensor) if is_distributed() else tensor
+
+
+@torch.no_grad()
+def average_over_ranks(tensors):
+    """Put in place of each tensor its mean over all ranks, in one message."""
+    if is_distributed():
+        flat = mean_over_ranks(torch.cat([tensor.flatten() for tensor in tensors]))
+        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
 class BatchNormOverRanks(nn.BatchNorm2d):
     """BatchNorm2d over the batches of all ranks: (N, C, H, W) -> (N, C, H, W). nn.SyncBatchNorm is for GPUs alone."""
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        values = x.float()  # (N, C, H, W)
-        mean = mean_over_ranks(values.mean((0, 2, 3)))  # (C,)
-        centred = values - mean[:, None, None]  # E[x^2] - E[x]^2 would lose digits where the mean is large
+        mean = mean_over_ranks(x.float().mean((0, 2, 3)))  # (C,)
+        centred = x.float() - mean[:, None, None]  # E[x^2] - E[x]^2 would lose digits where the mean is large
         variance = mean_over_ranks(centred.square().mean((0, 2, 3)))  # (C,)
         with torch.no_grad():
             count = x.numel() // x.shape[1] * world_size()  # numbers that each mean is over

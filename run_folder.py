@@ -17,10 +17,7 @@ NUMBERED = "[0-9][0-9][0-9][0-9]-*"  # the names that runs/ gives
 
 
 def save_checkpoint(content, out, keep):
-    """Write checkpoint_STEP.pt and generator_STEP.pt into the folder `out`, then drop all but `keep` checkpoints.
-
-    content: the dict of a full checkpoint.
-    """
+    """Write the dict of a full checkpoint, and its generator, into `out`; then drop all but `keep` checkpoints."""
     step = content["step"]
     for name, file in (("generator", generator_only(content)), ("checkpoint", content)):
         with atomic_write(out / f"{name}_{step:06d}.pt") as temporary, open(temporary, "wb") as opened:
@@ -32,8 +29,7 @@ def save_checkpoint(content, out, keep):
 @contextlib.contextmanager
 def telling_what_is_kept(out):
     """Raise an OSError, such as that of a full disk, with one line: the file, what is kept in `out`, what to do."""
-    hook = threading.excepthook
-    # TensorBoard writes in a thread; what ends it is raised here at the next write.
+    hook = threading.excepthook  # TensorBoard writes in a thread; what ends it is raised here at the next write
     threading.excepthook = lambda args: isinstance(args.exc_value, OSError) or hook(args)
     try:
         yield
@@ -41,10 +37,8 @@ def telling_what_is_kept(out):
         cause = error
         while cause.__context__ and not isinstance(cause, (OSError, KeyboardInterrupt)):
             cause = cause.__context__  # torch.save raises a RuntimeError over what has stopped it
-        if isinstance(cause, KeyboardInterrupt):
-            raise cause from None
         if not isinstance(cause, OSError):
-            raise
+            raise cause from None
         whole = list_checkpoints(out)
         kept = f"make room and go on with --resume {out} from step {step_of(whole[0])}" if whole else (
             "no checkpoint is there yet: make room and start again")  # fmt: skip
@@ -60,10 +54,7 @@ def list_checkpoints(folder):
 
 
 def newest_checkpoint(folder, check):
-    """Return (path, file) of the newest checkpoint in a run's folder that is whole and passes check(file, path).
-
-    Returns (None, None) where there is none.
-    """
+    """Return (path, file) of the newest checkpoint in a folder that passes check(file, path), else (None, None)."""
     for path in list_checkpoints(folder):
         try:
             file = read_model_file(path)
@@ -77,47 +68,42 @@ def newest_checkpoint(folder, check):
 def find_resume(resume, out, check):
     """Return (path, file) of the checkpoint that --resume means, or (None, None) for a new run.
 
-    check: raises UserError for a file that cannot be gone on from.
-    Raises UserError where there is none to go on from, or --out is taken.
+    Raises UserError where there is none that passes check(file, path), or --out is taken.
     """
     taken = out and list_checkpoints(Path(out))
     if resume is None:
         if taken:
             raise UserError(f"--out {out}: holds a run already; go on with --resume latest, or name another folder")
         return None, None
+    folder = Path(resume)
     if resume in ("latest", "auto"):
         folder = Path(out) if out else max(Path("runs").glob(NUMBERED), default=Path("runs"))
-    else:
-        folder = Path(resume)
-        if not folder.exists():
-            raise UserError(f"--resume {resume}: no such checkpoint or run folder")
-        if taken and Path(out).resolve() != (folder.parent if folder.is_file() else folder).resolve():
-            raise UserError(f"--out {out}: holds another run already; name a new folder to branch off into")
+    elif not folder.exists():
+        raise UserError(f"--resume {resume}: no such checkpoint or run folder")
+    elif taken and Path(out).resolve() != (folder.parent if folder.is_file() else folder).resolve():
+        raise UserError(f"--out {out}: holds another run already; name a new folder to branch off into")
     if folder.is_file():
         file = read_model_file(folder)
         check(file, folder)
-        newest = max(list_checkpoints(folder.parent), key=step_of, default=folder)
+        newest = next(iter(list_checkpoints(folder.parent)), folder)
         if (taken or not out) and step_of(newest) > file["step"]:
             raise UserError(f"--resume {resume}: {newest.name} is newer; branch off with --out NEW_FOLDER")
         return folder, file
     path, file = newest_checkpoint(folder, check)
     if not file and (resume != "auto" or list_checkpoints(folder)):
-        raise UserError(f"--resume {resume}: no checkpoint that can be read in {folder}; name a run's folder or a "
-                        "checkpoint_*.pt")  # fmt: skip
+        raise UserError(f"--resume {resume}: no checkpoint that can be read in {folder}; name another run's folder")
     return path, file
 
 
 def new_run_folder(name):
     """Create and return runs/NUMBER-name with the next free number."""
-    Path("runs").mkdir(exist_ok=True)
-    while True:
-        number = 1 + max((int(path.name[:4]) for path in Path("runs").glob(NUMBERED)), default=0)
-        try:
-            folder = Path("runs") / f"{number:04d}-{name}"
-            folder.mkdir()
-            return folder
-        except FileExistsError:  # another run was faster
-            continue
+    number = 1 + max((int(path.name[:4]) for path in Path("runs").glob(NUMBERED)), default=0)
+    folder = Path("runs") / f"{number:04d}-{name}"
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:  # another run was faster
+        return new_run_folder(name)
+    return folder
 
 
 @contextlib.contextmanager

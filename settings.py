@@ -3,13 +3,14 @@
 import argparse
 import dataclasses
 import os
+from copy import copy
 from typing import get_args
 
 from augmentation import POLICIES
-from command_line import Parser, UserError
+from command_line import Parser, UserError, checked
 from Critic import BLOCKS as CRITIC_BLOCKS
-from Critic import NO_BATCH_NORM, NORMS
-from Generator import BLOCKS, SIZES, check_parts, check_size
+from Critic import NORMS
+from Generator import BLOCKS, SIZES, check_shape
 
 PRESETS = {
     # What the report's published models were trained with.
@@ -25,8 +26,12 @@ PRESETS = {
         "steps": 1500, "log_every": 25, "sample_every": 100, "checkpoint_every": 500,
     },
 }  # fmt: skip
+# What --start-from turns on where a flag does not say otherwise: other images are mostly few.
+START_FROM = {"augment": ["color", "translation"]}
+# Adam of the projected critic's heads, which no flag changes (Sauer et al. 2021).
+HEADS = {"lr": 2e-4, "betas": (0.0, 0.99)}
 # Names and values of earlier versions, which old checkpoints hold and old commands may use.
-OLD_NAMES = {"lipschitz": ["loss"], "gp": ["gp_weight"], "clip": ["clip_value"], "blocks": ["blocks_g", "blocks_d"]}
+OLD_NAMES = {"lipschitz": ["loss"], "gp": ["gp_weight"], "clip": ["clip_value"], "blocks": ["blocks_d", "blocks_g"]}
 OLD_LOSSES = {"gp": "wgan-gp", "clip": "wgan"}
 # With what a checkpoint was trained that is from before these settings came.
 BEFORE = {"blocks_g": "plain", "blocks_d": "plain", "attention": 0, "grow_from": None, "start_from": None,
@@ -36,13 +41,11 @@ BEFORE = {"blocks_g": "plain", "blocks_d": "plain", "attention": 0, "grow_from":
 def setting(default, help, within=None, resume="frozen", group=None, **flag):
     """Declare a field of Settings; its name is that of the flag.
 
-    within: bounds of a number in interval notation, "[0, 1)".  group: begins a group of --help.
-    resume: "frozen": a resumed run keeps what its checkpoint has; "free": unless it is told otherwise; "anew": it is
-    told anew.  flag: more arguments of argparse.
+    within: bounds of a number, "[0, 1)".  group: begins a group of --help.  flag: more arguments of argparse.
+    resume: "frozen": a resumed run keeps what its checkpoint has; "free": unless it is told otherwise; "anew": not.
     """
     metadata = {"help": help, "within": within, "resume": resume, "group": group, "flag": flag}
-    return dataclasses.field(default_factory=lambda: default[:] if type(default) is list else default,
-                             metadata=metadata)  # fmt: skip
+    return dataclasses.field(default_factory=lambda: copy(default), metadata=metadata)
 
 
 # fmt: off
@@ -54,13 +57,12 @@ class Settings:
         "runs/; auto: the same where there is one, else start", resume="anew", metavar="PATH|latest|auto")
     grow_from: str = setting(None, "checkpoint of half the --size: a new run from step 0 with its networks, each grown "
         "by a block", metavar="PATH")
-    start_from: str = setting(None, "model to adapt to other images: a new run from step 0 with its networks, and "
-        "--augment color translation; not a resume", metavar="PATH")
+    start_from: str = setting(None, "model to adapt to other images: a new run from step 0 with its networks, not a "
+        f"resume; turns on --augment {' '.join(START_FROM['augment'])} unless --augment is given", metavar="PATH")
     data: list[str] = setting(None, "zips or folders of images, or 'drawn' for the built-in drawn faces; without it "
         "CelebA from data/, else drawn faces", resume="free", group="images", nargs="+", metavar="PATH")
     split: str = setting("all", "part of CelebA's list_eval_partition", choices=["all", "train", "val", "test"])
-    crop: str = setting("center", "center: cut the central square; squash: resize all of it, as the report did",
-        choices=["center", "squash"])
+    crop: str = setting("center", "center: central square; squash: all of it, resized", choices=["center", "squash"])
     cache: str = setting(None, "folder of the packed images, else beside the data", resume="free", metavar="DIR")
     workers: int = setting(os.cpu_count() or 1, "threads that decode images when packing", "[1, 1024]", resume="anew")
     flip: bool = setting(True, "mirror half of the images")
@@ -69,29 +71,27 @@ class Settings:
     size: int = setting(128, "side of the images in pixels", group="networks", choices=SIZES)
     nz: int = setting(100, "length of the latent vector", "[1, 4096]")
     ngf: int = setting(64, "width of the generator: its channels at 64x64", "[1, 1024]")
-    ndf: int = setting(64, "width of the critic: its channels at 64x64", "[1, 1024]")
+    ndf: int = setting(64, "width of the pixel critic: its channels at 64x64", "[1, 1024]")
     blocks_g: str = setting("plain", "the generator's. plain: the report's transposed convolutions; residual: two "
         "resized ones; modulated: the same, steered by the latent", choices=list(BLOCKS))
-    blocks_d: str = setting("plain", "the critic's", choices=list(CRITIC_BLOCKS))
+    blocks_d: str = setting("plain", "the pixel critic's", choices=list(CRITIC_BLOCKS))
     stem_norm: bool = setting(True, "BatchNorm and ReLU after the generator's linear layer")
-    norm: str = setting("layer", "the critic's normalisation; batch only with --loss wgan", choices=NORMS)
-    attention: int = setting(0, "resolution of a self-attention layer in both networks; 0: none", metavar="R")
-    critic: str = setting("pixel", "projected: it sees features of a frozen, pretrained network (needs timm); both: "
-        "that and the pixel critic", resume="free", choices=["pixel", "projected", "both"])
-    projected_share: float = setting(0.5, "the projected critic's part of the generator's gradient with --critic both",
-        "[0, 1]", resume="free")
-    steps: int = setting(100_000, "total number of steps, those before a resume included", "[1, 1e12]", resume="free",
-        group="training")
+    norm: str = setting("layer", "the pixel critic's normalisation; batch only with --loss wgan", choices=list(NORMS))
+    attention: int = setting(0, "resolution of self-attention in generator and pixel critic; 0: none", metavar="R")
+    critic: str = setting("pixel", "projected: sees features of a pretrained network (needs timm), and learns by "
+        f"Adam, rate {HEADS['lr']}, betas {HEADS['betas']}, whatever flags say; both: that and the pixel critic",
+        resume="free", choices=["pixel", "projected", "both"])
+    projected_share: float = setting(0.5, "its part of the generator's gradient with both", "[0, 1]", resume="free")
+    steps: int = setting(100_000, "in all, with those before a resume", "[1, 1e12]", resume="free", group="training")
     batch_size: int = setting(32, "images in a batch, that of all processes together", "[1, 65536]")
-    n_critic: int = setting(1, "critic updates in a step", "[1, 1000]")
-    loss: str = setting("wgan-gp", "Wasserstein loss with a gradient penalty, or with clipped weights",
-        choices=["wgan-gp", "wgan"])
-    gp_weight: float = setting(10.0, "factor of the gradient penalty", "[0, inf)")
-    clip_value: float = setting(0.01, "bound of the critic's weights with --loss wgan", "(0, inf)")
-    optimizer: str = setting("adam", "for both networks", choices=["adam", "rmsprop"])
-    betas: list[float] = setting([0.0, 0.9], "Adam's decay rates", "[0, 1)", nargs=2)
+    n_critic: int = setting(1, "updates of the pixel critic in a step; the projected one has one", "[1, 1000]")
+    loss: str = setting("wgan-gp", "the pixel critic's: gradient penalty or clipping", choices=["wgan-gp", "wgan"])
+    gp_weight: float = setting(10.0, "factor of the pixel critic's gradient penalty", "[0, inf)")
+    clip_value: float = setting(0.01, "bound of the pixel critic's weights with --loss wgan", "(0, inf)")
+    optimizer: str = setting("adam", "of the generator and the pixel critic", choices=["adam", "rmsprop"])
+    betas: list[float] = setting([0.0, 0.9], "Adam's decay rates for generator and pixel critic", "[0, 1)", nargs=2)
     lr_g: float = setting(2e-4, "learning rate of the generator", "(0, inf)")
-    lr_d: float = setting(4e-4, "learning rate of the critic", "(0, inf)")
+    lr_d: float = setting(4e-4, "learning rate of the pixel critic", "(0, inf)")
     ema: float = setting(0.999, "decay of the moving average of the generator's weights; 0: none", "[0, 1)")
     fade_steps: int = setting(2000, "steps over which the blocks of --grow-from are faded in", "[0, 1e12]")
     precision: str = setting("auto", "auto: bf16 where the device is faster in it", choices=["auto", "fp32", "bf16"])
@@ -113,38 +113,13 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def fault(value, kind, within=None, choices=None):
-    """Return what is wrong with a value that should be of a type, and perhaps in an interval or a choice; else None."""
-    if type(value) is not kind and not (kind is float and type(value) is int):
-        return f"{value}: is not of type {kind.__name__}"
-    if value == "":
-        return "is empty; is a shell variable not set?"
-    if choices and value not in choices:
-        return f"{value}: choose one of {', '.join(map(str, choices))}"
-    if within:
-        low, high = map(float, within[1:-1].split(","))
-        if not low <= value <= high or value == low and "(" in within or value == high and ")" in within:
-            return f"{value}: does not lie in {within}"
-    return None
-
-
-def checked(kind, within=None, choices=None):
-    """Return a type for argparse: a text that is not empty, or a number in an interval such as "[0, 1)"."""
-
-    def read(text):
-        value = kind(text)
-        if problem := fault(value, kind, within, choices):
-            raise argparse.ArgumentTypeError(problem)
-        return value
-
-    read.__name__ = {int: "whole number", float: "number"}.get(kind, "text")  # in argparse's own errors
-    return read
-
-
-def rules_of(name):
-    """Return (type, interval or None, choices or None) of a setting's value, or of each of its values."""
+def options_of(name):
+    """Return the arguments of argparse that say what a setting may be."""
     field = FIELDS[name]
-    return (*get_args(field.type), field.type)[0], field.metadata["within"], field.metadata["flag"].get("choices")
+    if field.type is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    kind = (*get_args(field.type), field.type)[0]  # of each value of a list
+    return field.metadata["flag"] | {"type": checked(kind, field.metadata["within"])}
 
 
 def add_flags(parser, *names):
@@ -154,19 +129,17 @@ def add_flags(parser, *names):
         if field.metadata["group"] and not names:
             group = parser.add_argument_group(field.metadata["group"])
         if name in names or not names:
-            options = field.metadata["flag"] | {"type": checked(*rules_of(name))}
-            options = {"action": argparse.BooleanOptionalAction} if field.type is bool else options
-            group.add_argument(flag(name), default=field.default_factory(), help=field.metadata["help"], **options)
+            default, text = field.default_factory(), field.metadata["help"]
+            group.add_argument(flag(name), default=default, help=text, **options_of(name))
 
 
 def parse(argv):
-    """Return {name: value} of the settings that the flags in `argv` give."""
+    """Return {name: value} of the settings that the flags in `argv` give, under today's names."""
     parser = Parser("Train a Wasserstein GAN on faces. A step is one update of the generator.")
     add_flags(parser)
     for old, (name, *_) in OLD_NAMES.items():
-        kind, within, choices = rules_of(name)
-        choices = [*choices, *OLD_LOSSES] if name == "loss" else choices
-        parser.add_argument(flag(old), type=checked(kind, within, choices), help=argparse.SUPPRESS)
+        values = {"choices": [*options_of(name)["choices"], *OLD_LOSSES]} if name == "loss" else {}
+        parser.add_argument(flag(old), **options_of(name) | values | {"help": argparse.SUPPRESS})
     # argparse leaves alone what a namespace already has, so what is no longer None was given.
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(FIELDS))))
     return renamed({name: value for name, value in given.items() if value is not None})
@@ -184,26 +157,23 @@ def saved_settings(saved, path):
 
     Raises UserError where one is missing, or could not have been given as a flag.
     """
-    if not isinstance(saved, dict):
-        raise UserError(f"{path} is damaged: its settings are no table")
-    values, kept = BEFORE | renamed(saved), {}
-    for name, field in FIELDS.items():
-        if field.metadata["resume"] == "anew":
-            continue
-        if name not in values:
-            raise UserError(f"{path} is damaged: its settings lack {flag(name)}")
-        kept[name] = value = values[name]
-        default, count = field.default_factory(), field.metadata["flag"].get("nargs")
-        parts = [] if value is None and default is None else value if count else [value]
-        if type(parts) is not list or count == 2 and len(parts) != 2:
-            raise UserError(f"{path} is damaged: its {flag(name)} is {value}")
-        if problem := next(filter(None, (fault(part, *rules_of(name)) for part in parts)), None):
-            raise UserError(f"{path} is damaged: its {flag(name)} {problem}")
+    kept, argv = BEFORE | renamed(saved or {}), []
+    kept = {name: kept.get(name) for name, field in FIELDS.items() if field.metadata["resume"] != "anew"}
+    for name, value in kept.items():
+        if type(value) is bool:
+            argv.append(flag(name if value else f"no_{name}"))
+        elif type(value) is list:
+            argv += [flag(name), *(str(part).lstrip("-") for part in value)]  # a - would begin the next flag
+        elif value is not None:
+            argv.append(f"{flag(name)}={value}")
     try:
-        check_together(Settings(**kept))
+        given = Settings(**parse(argv))
+        if wrong := [name for name in kept if getattr(given, name) != kept[name]]:
+            raise UserError(f"{flag(wrong[0])} is {kept[wrong[0]]}")
+        check_together(given)
     except UserError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    return kept
+        raise UserError(f"{path} is damaged: in its settings {' '.join(str(error)[:200].split())}") from error
+    return {name: getattr(given, name) for name in kept}
 
 
 def combine(given, path=None, saved=None, architecture=None):
@@ -212,18 +182,15 @@ def combine(given, path=None, saved=None, architecture=None):
     given: {name: value} of the flags.  path: of the checkpoint of a resume, saved: its saved_settings.
     architecture: the settings that the file of --grow-from or --start-from decides instead.
     """
-    asked = PRESETS.get(given.get("preset"), {}) | given
-    for name, value in asked.items() if saved else ():
-        frozen = FIELDS[name].metadata["resume"] == "frozen" and (name, value) != ("precision", "auto")
-        if frozen and saved[name] != value:
-            raise UserError(f"{flag(name)} {value}: the run in {path} was trained with {flag(name)} {saved[name]}; "
-                            "leave the flag out to go on, or start a new run with another --out")  # fmt: skip
-    for name, value in (architecture or {}).items():
-        if given.get(name, value) != value:
-            source = given.get("grow_from") or given.get("start_from")
-            raise UserError(f"{flag(name)} {given[name]}: {source} gives {flag(name)} {value}; leave the flag out")
-    free = {name: value for name, value in given.items() if FIELDS[name].metadata["resume"] != "frozen"}
-    settings = Settings(**(asked | (architecture or {}) | (saved or {}) | free))
+    saved, asked = saved or {}, PRESETS.get(given.get("preset"), {}) | given
+    decided = architecture or {name: saved[name] for name in saved if FIELDS[name].metadata["resume"] == "frozen"}
+    for name, value in (asked if saved else given).items():
+        if decided.get(name, value) != value and (name, value) != ("precision", "auto"):
+            source = path or given.get("grow_from") or given.get("start_from")
+            raise UserError(f"{flag(name)} {value}: {source} has {flag(name)} {decided[name]}; leave the flag out, or "
+                            "start another run")  # fmt: skip
+    turned_on = START_FROM if "start_from" in given else {}
+    settings = Settings(**(turned_on | asked | saved | given | decided))
     settings.out = given.get("out") or (str(path.parent) if path else None)
     check_together(settings)
     return settings
@@ -231,10 +198,10 @@ def combine(given, path=None, saved=None, architecture=None):
 
 def check_together(settings):
     """Raise UserError, naming the flag, for settings that are possible by themselves but not together."""
-    check_size("ngf", settings.ngf, settings.size)
-    check_size("ndf", settings.ndf, settings.size)
-    check_parts(settings.size, settings.blocks_g, settings.attention, bool(settings.grow_from))
+    for name in ("ngf", "ndf"):
+        check_shape(flag(name), getattr(settings, name), settings.size, settings.attention, settings.grow_from)
     if settings.loss == "wgan-gp" and settings.norm == "batch":
-        raise UserError(NO_BATCH_NORM)
+        raise UserError("--norm batch: the gradient penalty is about each image alone, and BatchNorm makes every score "
+                        "depend on the whole batch; use --norm layer or none, or --loss wgan")  # fmt: skip
     if settings.grow_from and settings.start_from:
         raise UserError("--start-from: a run starts from one model; leave out --grow-from")

@@ -6,17 +6,17 @@ import dataclasses
 import torch
 from torch import nn
 
-from checkpoints import FORMAT, check_like, check_network, read_model_file, weights_of
+from checkpoints import FORMAT, NETWORKS, check_like, check_network, read_model_file, weights_of
 from command_line import UserError
 from Critic import Critic
 from distributed import normalise_over_ranks
 from Generator import Generator
+from ProjectedCritic import ProjectedCritic, load_frozen_network
 from run_folder import find_resume
-from settings import Settings, combine, parse, saved_settings
+from settings import HEADS, Settings, combine, parse, saved_settings
 
-HEADS = {"lr": 2e-4, "betas": (0.0, 0.99)}  # Adam of the projected critic's heads (Sauer et al. 2021)
-NETWORKS = ("generator", "critic", "projected")
 OPTIMIZERS = ("optim_g", "optim_d", "optim_p")
+PARTS = (*NETWORKS, "ema", *OPTIMIZERS)  # of a State, by their names in a checkpoint
 MADE_BY = {"command": "", "data": {"name": "", "fingerprint": "", "images": 0}}  # what a resume reads of it
 
 
@@ -35,7 +35,10 @@ class State:
 
 
 def build_state(settings, device):
-    """Return the State of step 0. The initial weights depend on the seed alone, not on the device."""
+    """Return the State of step 0. The initial weights depend on the seed alone, not on the device.
+
+    On the device "meta" it is a plan without memory.
+    """
     torch.manual_seed(settings.seed)
     s, grown = settings, bool(settings.grow_from)
     generator = Generator(s.nz, s.ngf, 3, s.size, s.stem_norm, s.blocks_g, s.attention, grown)
@@ -43,9 +46,7 @@ def build_state(settings, device):
     if s.critic != "projected":
         critic = Critic(s.ndf, 3, s.size, s.norm, s.blocks_d, s.attention, grown)
     if s.critic != "pixel":
-        from ProjectedCritic import ProjectedCritic  # needs packages that nothing else needs
-
-        projected = ProjectedCritic(s.size)
+        projected = ProjectedCritic(s.size, None if torch.device(device).type == "meta" else load_frozen_network())
     for network in filter(None, (generator, critic, projected)):
         network.to(device, memory_format=torch.channels_last)
         normalise_over_ranks(network)
@@ -67,13 +68,12 @@ def content_of(state, settings, made_by):
     settings: a dict.  made_by: a dict about command, versions and data.
     """
     content = {"format": FORMAT, "step": state.step, "settings": settings, "made_by": made_by}
-    for name in NETWORKS:
-        network = getattr(state, name)
-        content[name] = network and {"config": network.config, "state": network.state_dict()}
-    for name in ("ema", *OPTIMIZERS):
+    for name in PARTS:
         part = getattr(state, name)
         content[name] = part and part.state_dict()
-    return content | {"rng": {"torch": torch.get_rng_state()}}
+        if part and name in NETWORKS:
+            content[name] = {"config": part.config, "state": content[name]}
+    return content | {"rng": {"torch": torch.get_rng_state()}}  # for earlier versions: no step draws from it
 
 
 def check_checkpoint(file, path):
@@ -83,26 +83,34 @@ def check_checkpoint(file, path):
     if "optim_g" not in file:
         raise UserError(f"{path} holds a generator alone; resume from a checkpoint_*.pt")
     settings = Settings(**saved_settings(file.get("settings"), path))
-    names = ["generator", "ema", "optim_g", "made_by", "rng"] + ["critic", "optim_d"] * (settings.critic != "projected")
-    settings.critic = "pixel"  # the other one's shapes are those of a network that is not in the file
-    with torch.device("meta"):  # a plan without memory
-        plan = build_state(settings, "meta")
-        for optimizer in (plan.optim_g, plan.optim_d):
+    absent = {"projected": ["critic", "optim_d"], "pixel": ["projected", "optim_p"]}.get(settings.critic, [])
+    with torch.device("meta"):
+        plan = build_state(dataclasses.replace(settings, critic="both"), "meta")
+        for optimizer in (plan.optim_g, plan.optim_d, plan.optim_p):
             for parameter in optimizer.param_groups[0]["params"]:
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()  # makes its state
     plan = content_of(plan, {}, MADE_BY)
-    for name in names:
+    for name in (*PARTS, "made_by"):
         value, example = file.get(name), plan[name]
+        if name in absent and value is None:
+            continue
         if isinstance(value, dict) and name == "made_by":  # which tells of other things, too
             value = {key: value.get(key) for key in MADE_BY}
         if isinstance(value, dict) and "state" in example:  # all else there follows from the settings
             value, example = value.get("state"), example["state"]
         check_like(value, example, f"{path}: {name}")
-    try:
-        torch.Generator().set_state(file["rng"]["torch"])
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"{path}: rng is not a state of torch's random numbers") from error
+
+
+def restore(state, file):
+    """Load a full checkpoint into a State. A critic that came to the run later starts fresh."""
+    for name in PARTS:
+        part, saved = getattr(state, name), file.get(name)
+        if part and saved and name in OPTIMIZERS:  # rates and switches are those of the settings
+            part.load_state_dict(part.state_dict() | {"state": saved["state"]})
+        elif part and saved:
+            part.load_state_dict(saved["state"] if name in NETWORKS else saved)
+    state.step = file["step"]
 
 
 def read_settings(argv=None):
@@ -114,67 +122,40 @@ def read_settings(argv=None):
     path, file = find_resume(given.get("resume"), given.get("out"), check_checkpoint)
     if file:
         return combine(given, path, saved_settings(file["settings"], path)), file, path
-    if "start_from" in given:
-        given = {"augment": ["color", "translation"]} | given  # other images are mostly few
-    for name in ("grow_from", "start_from"):
-        if name in given:
-            return combine(given, architecture=architecture_of(given[name], name == "grow_from")), None, None
-    return combine(given), None, None
+    source = given.get("grow_from") or given.get("start_from")
+    return combine(given, architecture=source and architecture_of(source, "grow_from" in given)), None, None
 
 
 def architecture_of(path, grows):
     """Return the settings that the file of --start-from decides, or of --grow-from: its own at twice the size."""
     file = read_model_file(path)
-    check_network(Generator, file["generator"], f"{path}: generator")
-    config = file["generator"]["config"] | {"blocks_g": file["generator"]["config"].get("blocks", "plain")}
-    if file.get("critic"):
-        check_network(Critic, file["critic"], f"{path}: critic")
-        theirs = file["critic"]["config"]
-        config |= {name: theirs[name] for name in ("ndf", "norm") if name in theirs}
-        config["blocks_d"] = theirs.get("blocks", "plain")
+    for name, kind in zip(NETWORKS, (Generator, Critic, ProjectedCritic), strict=True):
+        if file.get(name):
+            check_network(kind, file[name], f"{path}: {name}")
+    ours, theirs = file["generator"]["config"], (file.get("critic") or {}).get("config")
+    config = (theirs or {}) | ours | {"blocks_g": ours.get("blocks", "plain")}
+    config |= {"blocks_d": theirs.get("blocks", "plain")} if theirs else {}
+    if grows and not theirs:
+        raise UserError(f"--grow-from {path}: holds no critic; take a checkpoint_*.pt")
+    if grows and file["generator"]["state"].get("fade", 1) < 1:
+        raise UserError(f"--grow-from {path}: is itself still fading in; train it beyond its --fade-steps first")
     if grows:
-        if not file.get("critic"):
-            raise UserError(f"--grow-from {path}: holds no critic; take a checkpoint_*.pt")
-        if file["generator"]["state"].get("fade", 1) < 1:
-            raise UserError(f"--grow-from {path}: is itself still fading in; train it beyond its --fade-steps first")
         config["size"] *= 2
     names = ("size", "nz", "ngf", "ndf", "blocks_g", "blocks_d", "stem_norm", "norm", "attention")
     return {name: config[name] for name in names if name in config}
 
 
-def take_over(state, file, path, grows):
-    """Load the networks of a model file into a new State; where it grows, the blocks of the new size stay new.
+def take_over(state, file, path):
+    """Load the networks of a model file into a new State, whose blocks of a larger size stay new.
 
     Raises UserError where the networks do not fit.
     """
-    size = state.generator.size
-    new = {f"up.{size}", f"to_rgb.{size}", f"from_rgb.{size}", f"down.{size // 2}", "fade"} if grows else {"fade"}
-    raw, average = file["generator"]["state"], weights_of(file)
-    parts = [(state.generator, raw), (state.ema, average), (state.critic, (file.get("critic") or {}).get("state"))]
-    if state.projected and (file.get("projected") or {}).get("config") == state.projected.config:
-        parts.append((state.projected, file["projected"]["state"]))
-    for network, weights in parts:
-        if network is None or weights is None:
-            continue
+    states = {name: file[name]["state"] for name in NETWORKS if file.get(name)} | {"ema": weights_of(file)}
+    if state.projected and "projected" in states and file["projected"]["config"] != state.projected.config:
+        del states["projected"]  # it grows with the images
+    for name, weights in states.items():
         try:
-            missing, _ = network.load_state_dict(weights, strict=False)
+            if network := getattr(state, name):
+                network.load_state_dict(weights, strict=False)
         except RuntimeError as error:  # shapes that differ
             raise UserError(f"{path} does not fit: {str(error).splitlines()[-1].strip()}") from error
-        lost = [key for key in missing if ".".join(key.split(".")[:2]) not in new]
-        if lost:
-            raise UserError(f"{path} does not fit: it lacks {', '.join(lost)}")
-
-
-def restore(state, file):
-    """Load a full checkpoint into a State. A critic that came to the run later starts fresh."""
-    for name in NETWORKS:
-        if getattr(state, name) and file.get(name):
-            getattr(state, name).load_state_dict(file[name]["state"])
-    if state.ema:
-        state.ema.load_state_dict(file["ema"])
-    for name in OPTIMIZERS:
-        optimizer = getattr(state, name)
-        if optimizer and file.get(name):  # rates and switches are those of the settings
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": file[name]["state"]})
-    torch.set_rng_state(file["rng"]["torch"])
-    state.step = file["step"]

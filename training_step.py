@@ -3,8 +3,6 @@
 A critic's loss is in Critic.py. Everything random in a step is a pure function of (seed, step).
 """
 
-import contextlib
-
 import torch
 
 from augmentation import NUMBERS, augment
@@ -28,11 +26,15 @@ def draw_noise(settings, step):
     }
 
 
+def batches_of(state, settings):
+    """Return which of the batches of a step are taken: one for each update of the pixel critic, else the last alone."""
+    return range(settings.n_critic)[0 if state.critic else -1 :]
+
+
 def critic_step(state, settings, real, fake, epsilon):
     """Update the pixel critic once. real, fake: (B, 3, S, S) without a graph; epsilon: (B, 1, 1, 1).
 
-    Returns its scalars by their names in TensorBoard, on the device. Under torchrun all but the norm are about this
-    rank's share of the batch.
+    Returns its scalars by their names in TensorBoard; all but the norm are about this rank's share of the batch.
     """
     scalars, penalty = {}, real.new_zeros(())
     if settings.loss == "wgan-gp":
@@ -66,12 +68,11 @@ def generator_step(state, settings, fake, images, losses):
     fake: (B, 3, S, S) with the generator's graph.  images: the same numbers, where the graphs of the losses end.
     losses: one for each critic. Two gradients are brought to the same norm, that of the first, and mixed.
     """
-    # The graph from the augmented images is the losses' in common: it stays until the last.
-    gradients = [torch.autograd.grad(loss, images, retain_graph=loss is not losses[-1])[0] for loss in losses]
-    gradient = gradients[0]
-    if len(gradients) == 2:
-        first, second = (mean_over_ranks(g.float().square().sum()).sqrt() for g in gradients)
-        gradient = torch.lerp(gradient, gradients[1] * (first / second.clamp_min(1e-30)), settings.projected_share)
+    # The losses share the graph of the augmented images; no gradient of a critic's weight is computed.
+    gradient, *other = [torch.autograd.grad(loss, images, retain_graph=loss is not losses[-1])[0] for loss in losses]
+    if other:
+        first, second = (mean_over_ranks(g.float().square().sum()).sqrt() for g in (gradient, *other))
+        gradient = torch.lerp(gradient, other[0] * (first / second.clamp_min(1e-30)), settings.projected_share)
     fake.backward(gradient)
     return {"loss/generator": losses[0].detach(), "generator/gradient_norm": finish_update(state.optim_g)}
 
@@ -90,26 +91,15 @@ def autocast(settings, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
 
 
-@contextlib.contextmanager
-def frozen(*networks):
-    """Within this block the networks' weights get no gradients, which would be computed and thrown away."""
-    parameters = [p for network in networks if network is not None for p in network.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    yield
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-
-
 @torch.no_grad()
 def update_ema(ema, network, decay):
     """ema = decay * ema + (1 - decay) * network, for weights and BatchNorm's statistics; counters are copied."""
     ours, theirs = list(ema.state_dict().values()), list(network.state_dict().values())
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
     average([t for t in ours if t.is_floating_point()], [t for t in theirs if t.is_floating_point()], None)
-    for mine, other in zip(ours, theirs, strict=True):
-        if not mine.is_floating_point():
-            mine.copy_(other)
+    for counter, other in zip(ours, theirs, strict=True):
+        if not counter.is_floating_point():
+            counter.copy_(other)
 
 
 def set_fade(state, settings):
@@ -135,7 +125,7 @@ def train_step(state, settings, dataset, device):
             return state.generator(z)  # (B, 3, S, S)
 
     scalars = {}
-    for i in range(settings.n_critic):
+    for i in batches_of(state, settings):
         start = (state.step * settings.n_critic + i) * settings.batch_size
         indices = batch_indices(len(dataset), settings.seed, start, settings.batch_size)
         real = dataset.batch(indices[share], device)  # (B, 3, S, S)
@@ -151,7 +141,7 @@ def train_step(state, settings, dataset, device):
     seen = augment(images, settings.augment, noise["augment"][-1][:, 0])
     losses = []
     if state.critic:
-        with autocast(settings, device), frozen(state.critic):
+        with autocast(settings, device):
             losses.append(generator_loss(state.critic(seen)))
     if state.projected:
         with autocast(settings, device), torch.no_grad():
@@ -159,7 +149,7 @@ def train_step(state, settings, dataset, device):
         with autocast(settings, device):
             features = state.projected.features(seen)
         scalars |= projected_step(state, settings, real_features, [feature.detach() for feature in features])
-        with autocast(settings, device), frozen(state.projected.heads):
+        with autocast(settings, device):
             losses.append(generator_loss(state.projected.heads(features)))
     scalars |= generator_step(state, settings, fake, images, losses)
     if state.ema:

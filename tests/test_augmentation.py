@@ -13,18 +13,13 @@ def test_no_policy_leaves_images_alone():
     assert torch.equal(augment(images, (), torch.rand(4, NUMBERS)), images)
 
 
-def test_color_with_middle_numbers_changes_nothing_and_brightness_adds():
+def test_color_is_brightness_saturation_and_contrast():
     images, middle = images_of(), torch.full((4, NUMBERS), 0.5)
-    torch.testing.assert_close(augment(images, ("color",), middle), images)
-    middle[:, 0] = 0.75
-    torch.testing.assert_close(augment(images, ("color",), middle), images + 0.25)
-
-
-def test_color_without_saturation_is_grey():
-    random = torch.full((4, NUMBERS), 0.5)
-    random[:, 1] = 0
-    grey = augment(images_of(), ("color",), random)
-    torch.testing.assert_close(grey[:, 0], grey[:, 2])
+    torch.testing.assert_close(augment(images, ("color",), middle), images)  # nothing changes
+    bright, grey = middle.clone(), middle.clone()
+    bright[:, 0], grey[:, 1] = 0.75, 0
+    torch.testing.assert_close(augment(images, ("color",), bright), images + 0.25)
+    torch.testing.assert_close(*augment(images, ("color",), grey)[:, :2].unbind(1))
 
 
 def test_translation_moves_each_image_by_its_own_shift_and_lets_zeros_in():

@@ -16,28 +16,16 @@ def content(generator, /, **more):
     return {"format": FORMAT, "step": 3, "generator": network} | more
 
 
-def test_load_rebuilds_the_generator_from_its_file(tmp_path):
-    generator = Generator(nz=7, ngf=8, size=32, stem_norm=False)
-    torch.save(content(generator), tmp_path / "model.pt")
-    loaded = load_generator(tmp_path / "model.pt")
-    assert loaded.config == generator.config and not loaded.training
-    z = torch.randn(2, 7)
-    assert torch.equal(loaded(z), generator.eval()(z))
-
-
-def test_load_takes_the_average_where_there_is_one(tmp_path):
-    generator, average = Generator(ngf=8, size=32), Generator(ngf=8, size=32)
-    torch.save(content(generator, ema=average.state_dict()), tmp_path / "model.pt")
-    assert torch.equal(load_generator(tmp_path / "model.pt").linear.weight, average.linear.weight)
-
-
-def test_load_takes_a_network_that_was_in_dataparallel(tmp_path):
-    generator = Generator(nz=7, ngf=8, size=32)
-    file = content(generator)
-    file["generator"]["state"] = nn.DataParallel(generator).state_dict()
-    assert next(iter(file["generator"]["state"])).startswith("module.")
+@pytest.mark.parametrize("kind", ["raw", "average", "in DataParallel"])
+def test_load_rebuilds_the_generator_from_its_file_with_the_average_where_there_is_one(tmp_path, kind):
+    generator, average = (Generator(nz=7, ngf=8, size=32, stem_norm=False) for _ in range(2))
+    file = content(generator, ema=average.state_dict() if kind == "average" else None)
+    if kind == "in DataParallel":
+        file["generator"]["state"] = nn.DataParallel(generator).state_dict()
     torch.save(file, tmp_path / "model.pt")
-    assert torch.equal(load_generator(tmp_path / "model.pt").linear.weight, generator.linear.weight)
+    loaded, z = load_generator(tmp_path / "model.pt"), torch.randn(2, 7)
+    assert loaded.config == generator.config and not loaded.training
+    assert torch.equal(loaded(z), (average if kind == "average" else generator).eval()(z))
 
 
 class Huge:
@@ -61,6 +49,7 @@ def test_files_that_are_no_models_are_refused_in_one_line(tmp_path):
     huge["generator"]["config"] = generator.config | {"nz": 10**12}
     network = content(generator)["generator"]
     nan = network["state"] | {"linear.bias": torch.full((8192,), float("nan"))}
+    meta = torch.zeros(8192, device="meta")
     files = {
         "text": (b"hello", "something else"), "empty": (b"", "empty"), "page": (b" <!DOCTYPE html><html>", "web page"),
         "torn": (data[: len(data) // 2], "torn"), "flipped": (turned_over(data, weights + 999), "checksums"),
@@ -69,9 +58,11 @@ def test_files_that_are_no_models_are_refused_in_one_line(tmp_path):
         "huge": (huge, "settings make"),
         "linear": (content(generator, step=Huge()), "step"), "layer": (Huge(), "report's generator"),
         "step": (content(generator, step="3"), "step"), "settings": (content(generator, settings=[1]), "settings"),
-        "state": (content(generator, generator=network | {"state": [1]}), "network"),
+        "state": (content(generator, generator=network | {"state": [1]}), "generator"),
         "config": (content(generator, generator=network | {"config": {1: 2}}), "cannot be built"),
-        "missing": (content(generator, generator={"config": generator.config}), "network"),
+        "missing": (content(generator, generator={"config": generator.config}), "generator"),
+        "blocks": (content(generator, generator=network | {"config": {"blocks": "x"}}), "cannot be built"),
+        "meta": (content(generator, generator=network | {"state": network["state"] | {"linear.bias": meta}}), "plain"),
         "nan": (content(generator, generator=network | {"state": nan}), "finite"),
     }  # fmt: skip
     with pytest.raises(UserError, match="nothing.pt"):

