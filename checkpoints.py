@@ -45,7 +45,9 @@ def read_model_file(path):
         part, kind = file.get(name), int if name == "step" else dict
         is_network = name in NETWORKS and isinstance(part, dict)
         parts = [part.get(key) for key in ("config", "state")] if is_network else []
-        if not isinstance(part, kind | None) or not all(isinstance(value, dict) for value in parts):
+        weights = parts[1] if is_network else part if name == "ema" else None
+        whole = isinstance(part, kind | None) and all(isinstance(value, dict) for value in parts)
+        if not whole or not all(isinstance(t, torch.Tensor) and type(key) is str for key, t in (weights or {}).items()):
             raise UserError(f"{path} is damaged: its {name} is not what it should be")
         if is_network and all(str(key).startswith("module.") for key in part["state"]):  # it was in DataParallel
             part["state"] = {key.removeprefix("module."): tensor for key, tensor in part["state"].items()}
@@ -56,8 +58,9 @@ def check_zip(path):
     """Raise UserError unless the file is a whole zip as torch.save writes it: torch.load itself ignores checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
-            # Stored, not compressed: so reading takes no more memory than the file has bytes.
-            stored = all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
+            # Stored, not compressed: so reading takes no more memory than the file has bytes. And no member that is
+            # marked as a folder, which torch would not read: its numbers would be what lay in memory before.
+            stored = all(m.compress_type == zipfile.ZIP_STORED and not m.external_attr & 16 for m in archive.infolist())
             reason = None if stored and archive.testzip() is None else "its checksums are wrong"
             pickled = [archive.read(name) for name in archive.namelist() if not reason and name.endswith("data.pkl")]
             if b"bytearray\n" in b"".join(pickled):  # torch.load would make one of any length

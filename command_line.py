@@ -99,7 +99,7 @@ def run_command(command, argv=None):
             status, message = 1, "out of memory; use a smaller --batch-size or model, or --device cpu"
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
-        print(f"{script}: error: {message}", file=sys.stderr)
+        print(f"{script}: error: {' '.join(message.splitlines())}", file=sys.stderr)  # also of a name of two lines
     return status
 
 

@@ -122,8 +122,5 @@ def locked(out, is_new):
     with held:
         if is_new and list_checkpoints(out):
             raise UserError(f"--out {out}: another process has trained there meanwhile; go on with --resume {out}")
-        owner.write_text(f"process {os.getpid()} on {platform.node()}")
-        try:
-            yield
-        finally:
-            owner.unlink(missing_ok=True)
+        owner.write_text(f"process {os.getpid()} on {platform.node()}")  # stays: it counts only while the lock is held
+        yield

@@ -86,7 +86,7 @@ class Round:
         self.expect(done.status in (0, 1, 2) and len(lines) == (done.status != 0), done)
         names = [Path(word).name for word in argv] + os.listdir(self.folder) + os.listdir(self.folder / "run")
         for line in lines:
-            named = re.search(r" --?\w|arguments", line) or any(name and name in line for name in names)
+            named = re.search(r" --?\w|arguments|error: models: ", line) or any(name and name in line for name in names)
             self.expect(named and len(line) < 1000, f"names no flag or file, or is long: {line}")
         self.expect(done.status != 2 or not written, f"{written} in spite of {done.output}")
         self.expect(done.status == 0 or not self.must_pass, f"refused: {done.output}")

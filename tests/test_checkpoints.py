@@ -50,15 +50,19 @@ def test_files_that_are_no_models_are_refused_in_one_line(tmp_path):
     network = content(generator)["generator"]
     nan = network["state"] | {"linear.bias": torch.full((8192,), float("nan"))}
     meta = torch.zeros(8192, device="meta")
+    folder = data.rindex(b"PK\x01\x02") + 38  # where a zip says of its last member that it is a folder
     files = {
         "text": (b"hello", "something else"), "empty": (b"", "empty"), "page": (b" <!DOCTYPE html><html>", "web page"),
         "torn": (data[: len(data) // 2], "torn"), "flipped": (turned_over(data, weights + 999), "checksums"),
+        "folder": (data[:folder] + b"\x10" + data[folder + 1 :], "checksums"),
         "foreign": ({"weights": 1}, "no generator"), "bare": (bare, "bare weights"), "list": ([1], "no generator"),
         "future": (content(generator, format=99), "format 99"), "misfit": (misfit, "up.8"),
         "huge": (huge, "settings make"),
         "linear": (content(generator, step=Huge()), "step"), "layer": (Huge(), "report's generator"),
         "step": (content(generator, step="3"), "step"), "settings": (content(generator, settings=[1]), "settings"),
         "state": (content(generator, generator=network | {"state": [1]}), "generator"),
+        "number": (content(generator, ema=network["state"] | {"linear.bias": 0}), "ema"),
+        "key": (content(generator, ema={0: torch.zeros(1)}), "ema"),
         "config": (content(generator, generator=network | {"config": {1: 2}}), "cannot be built"),
         "missing": (content(generator, generator={"config": generator.config}), "generator"),
         "blocks": (content(generator, generator=network | {"config": {"blocks": "x"}}), "cannot be built"),

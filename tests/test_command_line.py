@@ -34,6 +34,12 @@ def test_command_does_its_job_though_nobody_reads_what_it_prints(tmp_path):
     assert process.returncode == 0 and (tmp_path / "x.png").is_file()
 
 
+def test_error_is_one_line_whatever_the_name_in_it(capsys):
+    assert Interpolation.main(["--model", "two\nlines.pt"]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "--model two lines.pt" in message
+
+
 @pytest.mark.parametrize("flag", ["--model", "--out"])
 def test_empty_path_is_refused(capsys, flag):
     assert Interpolation.main([flag, ""]) == 2
