@@ -29,6 +29,7 @@ from Generator import SIZES
 from image_files import (
     EXPECTED,
     Found,
+    Member,
     describe_source,
     list_images,
     native_side,
@@ -188,8 +189,8 @@ def survey(paths, size, crop):
     """Return (images Found, side in pixels at which they are packed, function that loads one of them for `pack`)."""
     if paths == DRAWN:
         side = min(size, DRAWN_SIDE)
-        found = Found("drawn", [(str(i), None, None) for i in range(DRAWN_COUNT)])
-        return found, side, lambda member, alone: (draw_face(int(member[0]), side), int(member[0]))
+        found = Found("drawn", [Member(str(i), 0) for i in range(DRAWN_COUNT)])
+        return found, side, lambda member, alone: (draw_face(int(member.name), side), int(member.name))
     # Pillow warns of images that are too large; they are left out by name instead.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     found = list_images(paths)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from atomic_write import atomic_write
 from command_line import UserError
-from image_files import Large, counts, printable, reason_of
+from image_files import counts, printable, reason_of
 
 MOST_BROKEN = 0.05  # share of unreadable images above which the data itself is wrong
 
@@ -52,8 +52,8 @@ def seal(index):
 def pack(file, found, side, load, workers=None, quiet=False):
     """Write all images Found into `file`, (N, side, side, 3) uint8, and its index; return the index.
 
-    load: called with a member and whether this may be a large one, returns ((side, side, 3) uint8, checksum) or
-    raises where it cannot be used.
+    load: called with a member and whether it may be a large one, returns ((side, side, 3) uint8, checksum), None for a
+    large one that may not be, or raises where it cannot be used.
     Raises UserError where the disk is too small or too many images cannot be used.
     """
     members, folder = found.members, file.parent
@@ -68,15 +68,13 @@ def pack(file, found, side, load, workers=None, quiet=False):
         )
 
     def try_to_load(member, alone=False):
-        """Return (pixels, checksum), or (None, which image cannot be used and why), or (None, None) if it is Large."""
+        """Return (pixels, checksum), or (None, which image cannot be used and why), or None as `load` does."""
         try:
             return load(member, alone)
-        except Large:
-            return None, None
         except MemoryError:
             raise
         except Exception as error:  # Pillow and zipfile raise many types; each of them means one unusable image
-            return None, f"{printable(member[0])} ({reason_of(error)})"
+            return None, f"{printable(member.name)} ({reason_of(error)})"
 
     images, skipped = [], []
     with atomic_write(file) as temporary:
@@ -89,14 +87,14 @@ def pack(file, found, side, load, workers=None, quiet=False):
             ending.callback(pool.shutdown, cancel_futures=True)  # an error or a signal does not wait for the others
             for start in range(0, len(members), 256):  # in parts: memory stays flat however many images there are
                 part = members[start : start + 256]
-                for member, (pixels, note) in zip(part, pool.map(try_to_load, part), strict=True):
-                    if note is None:
-                        pixels, note = try_to_load(member, alone=True)  # always in this thread, as each keeps memory
+                for member, loaded in zip(part, pool.map(try_to_load, part), strict=True):
+                    # A large one always in this thread, as each keeps memory.
+                    pixels, note = loaded or try_to_load(member, alone=True)
                     if pixels is None:
                         skipped.append(note)
                     else:
                         output.write(pixels)
-                        images.append((member[0], note))
+                        images.append((member.name, note))
                 bar.update(len(part))
         if not quiet:
             tell_what_is_missing(file, found, skipped)

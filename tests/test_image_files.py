@@ -161,7 +161,7 @@ def test_links_and_pipes_are_left_out_by_name(good, tmp_path, capsys):
     dataset = open_data([good], 32)
     assert len(dataset) == 46 and len(dataset.skipped) == 5
     out = capsys.readouterr().out
-    assert all(name in out for name in ("dangling.jpg", "self.jpg", "Söhne/cycle/", "up/", "pipe.jpg (not a regular"))
+    assert all(name in out for name in ("dangling.jpg", "self.jpg", "Söhne/cycle (", "up (", "pipe.jpg (not a regular"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="such a name cannot be given here")
@@ -218,7 +218,7 @@ def spoil(path, offsets, value):
 @pytest.mark.parametrize("split", ["all", "train"])
 @pytest.mark.parametrize(
     ("offsets", "value", "words"),
-    [((6, 8), b"\1\0", "encrypted"), ((8, 10), b"\x09\0", "deflate64"), ((8, 10), b"\x62\0", "method"),
+    [((6, 8), b"\1\0", "encrypted"), ((8, 10), b"\x09\0", "method"), ((8, 10), b"\x62\0", "method"),
      ((14, 16), b"xx", "CRC|crc")],
 )  # fmt: skip
 def test_members_that_python_cannot_read_are_named(tmp_path, split, offsets, value, words):
