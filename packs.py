@@ -58,14 +58,10 @@ def pack(file, found, side, load, workers=None, quiet=False):
     """
     members, folder = found.members, file.parent
     need, free = len(members) * side * side * 3, shutil.disk_usage(folder).free
-    if not quiet:
-        print(f"Packing {len(members):,} images at {side} px once into {printable(str(folder))} ({need / 1e9:.2f} GB) "
-              "...", flush=True)  # fmt: skip
-    if need > free:
-        raise UserError(
-            f"--cache {folder}: packing needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-            "choose another disk with --cache DIR or a smaller --size"
-        )
+
+    def tell(text):
+        if not quiet:
+            print(text, flush=True)
 
     def try_to_load(member, alone=False):
         """Return (pixels, checksum), or (None, which image cannot be used and why), or None as `load` does."""
@@ -76,12 +72,18 @@ def pack(file, found, side, load, workers=None, quiet=False):
         except Exception as error:  # Pillow and zipfile raise many types; each of them means one unusable image
             return None, f"{printable(member.name)} ({reason_of(error)})"
 
+    tell(f"Packing {len(members):,} images at {side} px once into {printable(str(folder))} ({need / 1e9:.2f} GB) ...")
+    if need > free:
+        raise UserError(
+            f"--cache {folder}: packing needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+            "choose another disk with --cache DIR or a smaller --size"
+        )
     images, skipped = [], []
     with atomic_write(file) as temporary:
         with (
             open(temporary, "wb") as output,
             contextlib.ExitStack() as ending,
-            tqdm(total=len(members), unit=" images", disable=True if quiet else None, leave=False) as bar,
+            tqdm(total=len(members), unit=" images", disable=quiet or None, leave=False) as bar,
         ):
             pool = ThreadPoolExecutor(workers or os.cpu_count())
             ending.callback(pool.shutdown, cancel_futures=True)  # an error or a signal does not wait for the others
@@ -96,36 +98,25 @@ def pack(file, found, side, load, workers=None, quiet=False):
                         output.write(pixels)
                         images.append((member.name, note))
                 bar.update(len(part))
-        if not quiet:
-            tell_what_is_missing(file, found, skipped)
+        missing = found.left_out + skipped
+        if missing:
+            more = f"; and {len(missing) - 10} more, listed in {file.stem}.json" if len(missing) > 10 else ""
+            tell(f"Left out {len(missing)} of {len(members) + len(found.left_out)} images that cannot be used: "
+                 f"{'; '.join(missing[:10])}{more}")  # fmt: skip
+        if found.others:
+            tell(f"Not read, for what their names end in: {counts(found)}")
         if len(skipped) > MOST_BROKEN * len(members):
             advice = "" if "unpack" in skipped[0] else "; download the data again"
             raise UserError(
                 f"--data {found.place}: {len(skipped)} of {len(members)} images cannot be used, more than "
                 f"{MOST_BROKEN:.0%}; the first is {skipped[0]}{advice}"
             )
-    index = {"side": side, "skipped": found.left_out + skipped, "images": images}
+    index = {"side": side, "skipped": missing, "images": images}
     with atomic_write(file.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(index | {"seal": seal(index)}), encoding="utf-8")
-    if not quiet:
-        tell_of_older_packs(file)
-    return index
-
-
-def tell_what_is_missing(file, found, skipped):
-    """Print which images are not in a pack, and what the names of other files end in."""
-    missing = found.left_out + skipped
-    if missing:
-        more = f"; and {len(missing) - 10} more, listed in {file.stem}.json" if len(missing) > 10 else ""
-        print(f"Left out {len(missing)} of {len(found.members) + len(found.left_out)} images that cannot be used: "
-              f"{'; '.join(missing[:10])}{more}")  # fmt: skip
-    if found.others:
-        print(f"Not read, for what their names end in: {counts(found)}")
-
-
-def tell_of_older_packs(file):
-    """Print what the packs take that were made of other states of the same data, with the same size and crop."""
-    older = [old for old in file.parent.glob(f"{file.stem.rpartition('-')[0]}-{'?' * 16}.u8") if old != file]
+    # Made of other states of the same data, with the same size and crop.
+    older = [old for old in folder.glob(f"{file.stem.rpartition('-')[0]}-{'?' * 16}.u8") if old != file]
     if older:
         total, names = sum(old.stat().st_size for old in older) / 1e9, ", ".join(old.stem for old in older)
-        print(f"Older packs there take {total:.2f} GB; delete what no run needs: {names}")
+        tell(f"Older packs there take {total:.2f} GB; delete what no run needs: {names}")
+    return index
