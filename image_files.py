@@ -151,7 +151,7 @@ def reason_of(error):
     """Return one short line that says what an exception means to a user."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image of a format that is read"  # its own text is the address of an object
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    text = (getattr(error, "strerror", None) or str(error)).strip() or type(error).__name__
     return printable(text.splitlines()[0][:120])
 
 
@@ -181,36 +181,28 @@ def read_partition(paths):
     return {name: int(number) for name, number in rows}
 
 
-# ---- pixels ---------------------------------------------------------------------------------------------------
-
-
 def read_image(member, size, crop, alone=True):
-    """Return (pixels (size, size, 3) uint8, checksum of its file) of a member, or None; raises as decode does."""
+    """Return (pixels, checksum of its file) of a member: (size, size, 3) uint8, upright, opaque, cropped, resized.
+
+    Pillow's filters widen with the reduction, which is antialiasing. Returns None for a large image unless `alone`:
+    only one is decoded at a time, for the sake of memory. Raises any exception for what is no usable image.
+    """
     if member.size > LARGE_BYTES and not alone:
         return None
     with open_member(member) as file:
-        data = file.read(member.size)  # no more than it was said to have
-    pixels = decode(data, size, crop, alone)
-    return None if pixels is None else (pixels, zlib.crc32(data))
-
-
-def decode(data, size, crop, alone=True):
-    """Return the encoded image `data` as a (size, size, 3) uint8 array: upright, opaque, cropped, resized.
-
-    Pillow's filters widen with the reduction, which is antialiasing. Without `alone`, an image that is to be decoded
-    while no other large one is, for the sake of memory, gives None. Raises any exception for what is no usable image.
-    """
+        data = file.read(member.size)  # no more than it is said to have
     image = Image.open(BytesIO(data), formats=FORMATS)  # of an animation, the first frame
-    if min(image.size) < SMALLEST_SIDE:
-        raise ValueError(f"only {image.width}x{image.height} pixels")
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} pixels are too many")
-    if image.width * image.height > LARGE_PIXELS and not alone:
+    width, height = image.size
+    if min(width, height) < SMALLEST_SIDE:
+        raise ValueError(f"only {width}x{height} pixels")
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{width}x{height} pixels are too many")
+    if width * height > LARGE_PIXELS and not alone:
         return None
     if image.format == "TIFF" and image.mode.startswith("I") and image.tag_v2.get(258) != (16,):
         raise ValueError(f"{image.tag_v2.get(258)} bits a pixel")
     ImageOps.exif_transpose(image, in_place=True)
-    if crop == "center" and image.width != image.height:
+    if crop == "center" and width != height:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))  # resize's own box would sample across its border
@@ -222,7 +214,8 @@ def decode(data, size, crop, alone=True):
     if image.has_transparency_data:
         image = image if image.mode == "RGBA" else image.convert("RGBA")  # of a large image no copy is to spare
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB").resize((size, size), CROPS[crop]))
+    pixels = np.asarray(image.convert("RGB").resize((size, size), CROPS[crop]))
+    return pixels, zlib.crc32(data)
 
 
 def native_side(members):

@@ -19,14 +19,11 @@ MOST_BROKEN = 0.05  # share of unreadable images above which the data itself is 
 
 def is_writable(folder):
     """Make a folder where it is missing, and return whether files can be written there."""
-    try:
+    with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        if not folder.stat().st_mode & 0o222:  # marked read-only: root could write all the same, but should not
-            return False
         with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
+            return bool(folder.stat().st_mode & 0o222)  # marked read-only: root could write all the same, but should not
+    return False
 
 
 def read_index(file):

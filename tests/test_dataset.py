@@ -138,7 +138,7 @@ def test_a_damaged_pack_is_made_anew(folder, damage):
 def test_a_killed_packing_leaves_nothing_for_long(folder, name):
     code = f"""
 import time, Dataset
-Dataset.read_image = lambda *args: print("decoding", flush=True) or time.sleep(0.5)
+Dataset.image_files.read_image = lambda *args: print("decoding", flush=True) or time.sleep(0.5)
 Dataset.open_data([{str(folder)!r}], size=32, workers=1)"""
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
         while "decoding" not in run.stdout.readline():
