@@ -160,8 +160,8 @@ def flipped(body):
 
 
 WRONG = [
-    (NAME, lambda body: PAGE, "web page"), (NAME, lambda body: b"", "damaged"), (NAME, flipped, "damaged"),
-    (NAME, lambda body: body[:-1], "damaged"), (NAME, lambda body: os.urandom(10_000), "damaged"),
+    (NAME, lambda body: PAGE, "web page"), (NAME, lambda body: b"", "empty"), (NAME, flipped, "checksums are wrong"),
+    (NAME, lambda body: body[:-1], "torn"), (NAME, lambda body: os.urandom(10_000), "torn"),
     ("wide.pt", bytes, "the report's generator"), ("kernel.pt", bytes, "its convT1 is"),
     ("hook.pt", bytes, "nothing in it was run"), ("reference.pt", bytes, "it holds bare weights"),
 ]  # fmt: skip
