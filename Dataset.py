@@ -1,7 +1,6 @@
 """The images that are trained on: CelebA or any folder or zip of faces, or built-in drawn faces.
 
-Every image is decoded and resized once, into a memory-mapped file of raw bytes, the pack; after that a start takes
-no time and a batch is a copy. `python Dataset.py` shows what would be trained on.
+Every image is decoded and resized once, into a memory-mapped file, the pack. `python Dataset.py` shows some of them.
 """
 
 import functools
@@ -99,8 +98,7 @@ def open_data(data, size=128, crop="center", split="all", cache=None, workers=No
     drawn = paths == DRAWN
     partition = {} if drawn or split == "all" else image_files.read_partition(paths)
     if split != "all" and not partition:
-        place = "for the drawn faces" if drawn else f"beside {paths[0]}"
-        raise UserError(f"--split {split}: no list_eval_partition.txt or .csv {place}; leave --split out or add it")
+        raise UserError(f"--split {split}: no list_eval_partition.txt or .csv for {paths[0]}; add one or leave it out")
     name = "drawn" if drawn else re.sub(r"\W+", "-", paths[0].resolve().stem)[:40]
     sources = ["drawn", DRAWN_COUNT] if drawn else [image_files.describe_source(path) for path in paths]
     key = hashlib.sha256(json.dumps([PACK_VERSION, size, crop, sources]).encode()).hexdigest()[:16]

@@ -5,13 +5,11 @@ import os
 import re
 import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, namedtuple
 from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -28,19 +26,11 @@ CROPS = {"center": Image.Resampling.BICUBIC, "squash": Image.Resampling.BILINEAR
 SMALLEST_SIDE = 32  # pixels; anything smaller is an icon, not a face
 MOST_BYTES, MOST_LIST_BYTES = 2**29, 2**26  # of an image's file, of a partition list
 LARGE_BYTES, LARGE_PIXELS = 2**25, 12_500_000  # a photograph of 12 megapixels is not large yet
-EXPECTED = (
-    "expected a zip (img_align_celeba.zip, or Kaggle's archive.zip) or a folder such as "
-    "celeba/img_align_celeba/000001.jpg, with images such as *.jpg, *.png or *.webp"
-)
+EXPECTED = "expected a zip (Kaggle's archive.zip) or a folder of *.jpg, *.png or *.webp (img_align_celeba/000001.jpg)"
 
-
-class Member(NamedTuple):
-    """A file in a folder or zip."""
-
-    name: str  # its path there
-    size: int  # bytes that it is said to have
-    time: int | None = None  # nanoseconds, of the last change; None in a zip
-    open: Callable | None = None  # without arguments, to read it
+# A file: its path in a folder or zip, the bytes it is said to have, nanoseconds of its last change (None in a zip), and
+# a function that opens it to be read.
+Member = namedtuple("Member", ["name", "size", "time", "open"], defaults=[None, None])
 
 
 @dataclass
@@ -57,8 +47,7 @@ def describe_source(path):
     """Return what tells that a zip or folder is unchanged: names, sizes, times. Nothing is read, so it is fast."""
     if path.is_file():
         return [path.name, path.stat().st_size, path.stat().st_mtime_ns]
-    found = Found(str(path))
-    list_folder(path, found)
+    list_folder(path, found := Found(str(path)))
     return [path.name, [(member.name, member.size, member.time) for member in found.members]]
 
 
@@ -101,7 +90,7 @@ def list_folder(folder, found):
     for name, entry in todo:  # which grows meanwhile: one level after the other
         try:
             if entry.is_dir():
-                stat = entry.stat()
+                stat = os.stat(entry)  # on Windows entry.stat() lacks what tells folders apart
                 if (stat.st_dev, stat.st_ino) in seen:
                     raise ValueError("a link to a folder that is read already or holds it")
                 seen.add((stat.st_dev, stat.st_ino))
@@ -138,8 +127,7 @@ def open_member(member, most=MOST_BYTES):
     try:
         return member.open()
     except RuntimeError:
-        advice = "unpack the zip and pass the folder"
-        raise ValueError(f"encrypted, or packed by a method that Python cannot read; {advice}") from None
+        raise ValueError("encrypted, or packed by an unknown method; unpack the zip and pass the folder") from None
 
 
 def printable(name):

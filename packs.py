@@ -22,7 +22,7 @@ def is_writable(folder):
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return bool(folder.stat().st_mode & 0o222)  # marked read-only: root could write all the same, but should not
+            return folder.stat().st_mode & 0o222 != 0  # root could write where it is marked read-only, but should not
     return False
 
 
