@@ -57,15 +57,17 @@ class PackedImages:
 
     def batch(self, indices, device="cpu"):
         """Return images `indices`, a sequence or int64 tensor, as (B, 3, size, size) float32 in [-1, 1] on `device`."""
-        device, indices = torch.device(device), torch.as_tensor(indices)
-        if device.type == "cuda" and self.resident is None:
-            self.sent += len(indices)
+        device, chosen = torch.device(device), torch.as_tensor(indices)
+        on_gpu = device.type == "cuda"
+        if on_gpu and self.resident is None:
+            self.sent += len(chosen)
             if self.sent > len(self):  # worth one copy of all, for as many were sent already
                 self.sent, self.resident = 0, self.copy_to(device)
-        if device.type == "cuda" and self.resident is not None:
-            pixels = self.resident[send(indices, device)]
-        else:
-            pixels = send(torch.from_numpy(self.images[self.rows[indices.numpy()]]), device)  # (B, S, S, 3)
+        is_there = on_gpu and self.resident is not None
+        chosen = chosen if is_there else torch.from_numpy(self.images[self.rows[chosen.numpy()]])  # (B, S, S, 3)
+        # From pinned memory a copy does not wait for what the GPU is doing.
+        chosen = (chosen.pin_memory() if on_gpu else chosen).to(device, non_blocking=True)
+        pixels = self.resident[chosen] if is_there else chosen
         images = pixels.permute(0, 3, 1, 2).float()  # (B, 3, S, S), in channels_last memory
         if images.shape[-1] != self.size:
             images = torch.nn.functional.interpolate(images, self.size, mode="bicubic", antialias=True).clamp_(0, 255)
@@ -79,16 +81,10 @@ class PackedImages:
         return torch.cat([torch.from_numpy(self.images[part]).to(device) for part in parts])
 
 
-def send(tensor, device):
-    """Return a tensor of the CPU on `device`; from pinned memory a copy does not wait for what a GPU is doing."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
-
-
 def open_data(data, size=128, crop="center", split="all", cache=None, workers=None, quiet=False):
     """Return the PackedImages that the values of the data flags name, and pack them where that was not done yet.
 
-    data: a list of zips, read in place, and folders, searched recursively; ["drawn"]; or None for CelebA from data/,
-    else drawn faces.  size: pixels.  crop: a key of CROPS.  split: "all" or a key of SPLITS.
+    data: as choose_paths takes it.  size: pixels.  crop: a key of CROPS.  split: "all" or a key of SPLITS.
     cache: folder of the packs; by default that of the data, or the user's cache folder where it is read-only.
     workers: threads that decode.  quiet: print nothing.
 
@@ -128,9 +124,10 @@ def open_data(data, size=128, crop="center", split="all", cache=None, workers=No
 
 
 def choose_paths(data, quiet=False):
-    """Return the Paths that the value of --data means: itself, else CelebA from data/, else DRAWN.
+    """Return the absolute Paths that a value of --data means: zips, read in place, and folders, searched recursively.
 
-    Raises UserError where one of them is neither a file nor a folder.
+    data: a list of them; ["drawn"], DRAWN; or None for CelebA from data/, else DRAWN. Raises UserError for a path where
+    there is neither a file nor a folder, an empty one too.
     """
     paths = data or find_celeba()
     if paths is None and not quiet:
@@ -139,7 +136,7 @@ def choose_paths(data, quiet=False):
     if paths is None or [str(path) for path in paths] == ["drawn"]:
         return DRAWN
     for path in paths:
-        if not (os.path.isfile(path) or os.path.isdir(path)):  # an empty one is neither
+        if not (os.path.isfile(path) or os.path.isdir(path)):
             raise UserError(f"--data {path}: no such file or folder; {image_files.EXPECTED}")
     return list(dict.fromkeys(Path(path).absolute() for path in paths))
 

@@ -32,13 +32,12 @@ def read_index(file):
     It is a dict: side, in pixels; images, a list of [name, checksum] in the order of the pack; skipped, a list of
     strings, images that could not be used.
     """
-    try:
-        index = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        index = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))  # which may hold anything
         whole = index.pop("seal") == seal(index)
-        whole = whole and file.stat().st_size == len(index["images"]) * index["side"] ** 2 * 3
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # whatever the file holds
-        return None
-    return index if whole else None
+        if whole and file.stat().st_size == len(index["images"]) * index["side"] ** 2 * 3:
+            return index
+    return None
 
 
 def seal(index):
