@@ -43,6 +43,7 @@ class PackedImages:
     images: np.ndarray  # (N, S, S, 3) uint8; S is less than `size` where the original images are
     rows: np.ndarray  # (n,) those of the N that belong to the split
     size: int  # pixels, of a batch
+    crop: str
     split: str
     name: str  # for people
     paths: list  # of strings, absolute, so that they hold in any folder; ["drawn"] for the drawn faces
@@ -120,7 +121,7 @@ def open_data(data, size=128, crop="center", split="all", cache=None, workers=No
     fingerprint = hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()[:16]
     images = np.memmap(file, np.uint8, "r", shape=(len(contents), index["side"], index["side"], 3))
     paths = [str(path) for path in paths]
-    return PackedImages(images, rows, size, split, name, paths, fingerprint, index["skipped"], file)
+    return PackedImages(images, rows, size, crop, split, name, paths, fingerprint, index["skipped"], file)
 
 
 def choose_paths(data, quiet=False):
@@ -227,7 +228,7 @@ def show(argv=None):
         download()
     dataset = open_data(args.data, args.size, args.crop, args.split, args.cache, args.workers)
     print(
-        f"{len(dataset):,} images ({dataset.name}, split {args.split}, crop {args.crop}, "
+        f"{len(dataset):,} images ({dataset.name}, split {dataset.split}, crop {dataset.crop}, "
         f"{len(dataset.skipped)} left out), trained on at {args.size} px, stored at {dataset.images.shape[1]} px in "
         f"{image_files.printable(str(dataset.cache_file))} ({dataset.images.nbytes / 1e9:.2f} GB)"
     )
