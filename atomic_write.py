@@ -19,8 +19,7 @@ except ImportError:  # Windows, which has no such locks: there nothing is swept
 def atomic_write(path):
     """Give a temporary path beside `path`, with its ending, to write a whole file to; then rename it to `path`.
 
-    So `path` is old or new, never torn, also after kill -9, and a good file survives an error, which is raised on.
-    What killed processes left in the folder is removed.
+    So `path` is old or new, also after kill -9 or an error, which is raised on. What killed processes left is removed.
     """
     path = Path(path)
     for left in path.parent.glob(".*.tmp-*") if fcntl else ():
