@@ -1,7 +1,6 @@
 """The images that are trained on: CelebA or any folder or zip of faces, or built-in drawn faces.
 
-Every image is decoded and resized once, into a memory-mapped file of raw bytes, the pack; after that a start takes
-no time and a batch is a copy. `python Dataset.py` shows what would be trained on.
+Every image is decoded and resized once, into a memory-mapped file, the pack. `python Dataset.py` shows some of them.
 """
 
 import functools
@@ -22,20 +21,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+import image_files
 from atomic_write import atomic_write
 from command_line import Parser, UserError, run_command
 from drawn_faces import draw_face
-from Generator import SIZES
-from image_files import (
-    EXPECTED,
-    Found,
-    describe_source,
-    list_images,
-    native_side,
-    printable,
-    read_image,
-    read_partition,
-)
 from packs import is_writable, pack, read_index
 from settings import add_flags
 
@@ -69,15 +58,17 @@ class PackedImages:
 
     def batch(self, indices, device="cpu"):
         """Return images `indices`, a sequence or int64 tensor, as (B, 3, size, size) float32 in [-1, 1] on `device`."""
-        device, indices = torch.device(device), torch.as_tensor(indices)
-        if device.type == "cuda" and self.resident is None:
-            self.sent += len(indices)
+        device, chosen = torch.device(device), torch.as_tensor(indices)
+        on_gpu = device.type == "cuda"
+        if on_gpu and self.resident is None:
+            self.sent += len(chosen)
             if self.sent > len(self):  # worth one copy of all, for as many were sent already
                 self.sent, self.resident = 0, self.copy_to(device)
-        if device.type == "cuda" and self.resident is not None:
-            pixels = self.resident[send(indices, device)]
-        else:
-            pixels = send(torch.from_numpy(self.images[self.rows[indices.numpy()]]), device)  # (B, S, S, 3)
+        is_there = on_gpu and self.resident is not None
+        chosen = chosen if is_there else torch.from_numpy(self.images[self.rows[chosen.numpy()]])  # (B, S, S, 3)
+        # From pinned memory a copy does not wait for what the GPU is doing.
+        chosen = (chosen.pin_memory() if on_gpu else chosen).to(device, non_blocking=True)
+        pixels = self.resident[chosen] if is_there else chosen
         images = pixels.permute(0, 3, 1, 2).float()  # (B, 3, S, S), in channels_last memory
         if images.shape[-1] != self.size:
             images = torch.nn.functional.interpolate(images, self.size, mode="bicubic", antialias=True).clamp_(0, 255)
@@ -85,82 +76,70 @@ class PackedImages:
 
     def copy_to(self, device):
         """Return all images on a GPU, so that no batch has to travel: (n, S, S, 3) uint8; None if they fill it."""
-        shape = (len(self), *self.images.shape[1:])
-        if np.prod(shape) > torch.cuda.mem_get_info(device)[0] / 2:
+        if len(self) * self.images[0].nbytes > torch.cuda.mem_get_info(device)[0] / 3:
             return None
-        resident = torch.empty(shape, dtype=torch.uint8, device=device)
-        for start in range(0, len(self), 4096):  # in parts, so that the host never holds a second copy
-            part = self.images[self.rows[start : start + 4096]]
-            resident[start : start + len(part)] = torch.from_numpy(part).to(device)
-        return resident
-
-
-def send(tensor, device):
-    """Return a tensor of the CPU on `device`; from pinned memory a copy does not wait for what a GPU is doing."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+        parts = np.split(self.rows, range(4096, len(self), 4096))  # so that the host never holds a second copy
+        return torch.cat([torch.from_numpy(self.images[part]).to(device) for part in parts])
 
 
 def open_data(data, size=128, crop="center", split="all", cache=None, workers=None, quiet=False):
     """Return the PackedImages that the values of the data flags name, and pack them where that was not done yet.
 
-    data: a list of zips, read in place, and folders, searched recursively; ["drawn"]; or None for CelebA from data/,
-    else drawn faces.  size: pixels.  crop: a key of CROPS.  split: "all" or a key of SPLITS.
+    data: as choose_paths takes it.  size: pixels.  crop: a key of CROPS.  split: "all" or a key of SPLITS.
     cache: folder of the packs; by default that of the data, or the user's cache folder where it is read-only.
     workers: threads that decode.  quiet: print nothing.
 
     Raises UserError for what is missing, holds no images or too many broken ones, or has no such split.
     """
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers {workers}: packing needs 1 thread at least")
-    if cache is not None and not str(cache):
-        raise UserError("--cache: the path is empty; is a shell variable not set?")
     paths = choose_paths(data, quiet)
-    partition = {} if split == "all" or paths == DRAWN else read_partition(paths)
+    drawn = paths == DRAWN
+    partition = {} if drawn or split == "all" else image_files.read_partition(paths)
     if split != "all" and not partition:
-        place = "for the drawn faces" if paths == DRAWN else f"beside {paths[0]}"
-        raise UserError(f"--split {split}: no list_eval_partition.txt or .csv {place}; leave --split out or add it")
-    name = "drawn" if paths == DRAWN else re.sub(r"\W+", "-", paths[0].resolve().stem)[:40]
-    sources = ["drawn", DRAWN_COUNT] if paths == DRAWN else [describe_source(path) for path in paths]
+        raise UserError(f"--split {split}: no list_eval_partition.txt or .csv for {paths[0]}; add one or leave it out")
+    name = "drawn" if drawn else re.sub(r"\W+", "-", paths[0].resolve().stem)[:40]
+    sources = ["drawn", DRAWN_COUNT] if drawn else [image_files.describe_source(path) for path in paths]
     key = hashlib.sha256(json.dumps([PACK_VERSION, size, crop, sources]).encode()).hexdigest()[:16]
-    folders = cache_folders(paths, cache)
+    beside = DATA if drawn else paths[0].resolve().parent
+    own = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "facefusion")
+    folders = [Path(cache)] if cache else [beside, own] if own.is_absolute() else [beside]  # a user may have no home
     files = [folder / f"{name}-{size}px-{crop}-{key}.u8" for folder in folders]
-    file, index = next(((file, index) for file in files if (index := read_index(file))), (None, None))
-    if index is None:
-        folder = next((folder for folder in folders if is_writable(folder)), None)
-        if folder is None:
+    for file in files:
+        if index := read_index(file):
+            break
+    else:
+        file = next((file for file in files if is_writable(file.parent)), None)
+        if file is None:
             raise UserError(f"--cache {folders[0]}: cannot write there; choose another folder with --cache DIR")
-        file = folder / files[0].name
         index = pack(file, *survey(paths, size, crop), workers, quiet)
 
     contents = [(name.rsplit("/", 1)[-1], checksum) for name, checksum in index["images"]]
-    rows = np.array(
-        [i for i, (name, _) in enumerate(contents) if split == "all" or partition.get(name) == SPLITS[split]]
-    )
+    wanted = SPLITS.get(split)  # None for all, as without a partition all are
+    rows = np.array([row for row, (name, _) in enumerate(contents) if partition.get(name) == wanted])
     if not len(rows):
         raise UserError(f"--split {split}: none of the {len(contents)} images in {paths[0]} belongs to it")
     lines = "\n".join(f"{name} {checksum}" for name, checksum in (contents[row] for row in rows))
     fingerprint = hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()[:16]
     images = np.memmap(file, np.uint8, "r", shape=(len(contents), index["side"], index["side"], 3))
-    return PackedImages(
-        images, rows, size, crop, split, name, [str(path) for path in paths], fingerprint, index["skipped"], file
-    )
+    paths = [str(path) for path in paths]
+    return PackedImages(images, rows, size, crop, split, name, paths, fingerprint, index["skipped"], file)
 
 
 def choose_paths(data, quiet=False):
-    """Return the Paths that the value of --data means: itself, else CelebA from data/, else DRAWN."""
+    """Return the absolute Paths that a value of --data means: zips, read in place, and folders, searched recursively.
+
+    data: a list of them; ["drawn"], DRAWN; or None for CelebA from data/, else DRAWN. Raises UserError for a path where
+    there is neither a file nor a folder, an empty one too.
+    """
     paths = data or find_celeba()
     if paths is None and not quiet:
         print(f"No CelebA in {DATA}, so drawn faces are used; get it with `python Dataset.py --download`, or fetch "
               f"the zip from {KAGGLE} and pass it with --data.", flush=True)  # fmt: skip
     if paths is None or [str(path) for path in paths] == ["drawn"]:
         return DRAWN
-    if "" in map(str, paths):
-        raise UserError("--data: a path is empty; is a shell variable not set?")
-    paths = list(dict.fromkeys(Path(path).absolute() for path in paths))
     for path in paths:
-        if not (path.is_file() or path.is_dir()):
-            raise UserError(f"--data {path}: no such file or folder; {EXPECTED}")
-    return paths
+        if not (os.path.isfile(path) or os.path.isdir(path)):
+            raise UserError(f"--data {path}: no such file or folder; {image_files.EXPECTED}")
+    return list(dict.fromkeys(Path(path).absolute() for path in paths))
 
 
 def find_celeba():
@@ -171,10 +150,9 @@ def find_celeba():
     for root in (Path("data"), DATA):
         for pattern in ("img_align_celeba*.zip", "archive*.zip", "celeba-dataset*.zip", "img_align_celeba"):
             found = sorted(root.glob(pattern)) or sorted(root.glob(f"*/{pattern}"))
-            parts = [path for path in found if re.fullmatch(r"img_align_celeba_\w+", path.stem)]
-            whole = [path for path in found if path not in parts]
+            whole = [path for path in found if not re.fullmatch(r"img_align_celeba_\w+", path.stem)]
             if found:
-                return [min(whole, key=lambda path: len(path.name))] if whole else parts
+                return [min(whole, key=lambda path: len(path.name))] if whole else found
     return None
 
 
@@ -188,25 +166,13 @@ def survey(paths, size, crop):
     """Return (images Found, side in pixels at which they are packed, function that loads one of them for `pack`)."""
     if paths == DRAWN:
         side = min(size, DRAWN_SIDE)
-        found = Found("drawn", [(str(i), None, None) for i in range(DRAWN_COUNT)])
-        return found, side, lambda member, alone: (draw_face(int(member[0]), side), int(member[0]))
+        found = image_files.Found("drawn", [image_files.Member(str(i), 0) for i in range(DRAWN_COUNT)])
+        return found, side, lambda member, alone: (draw_face(int(member.name), side), int(member.name))
     # Pillow warns of images that are too large; they are left out by name instead.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    found = list_images(paths)
-    side = min(size, native_side(found.members))
-    return found, side, lambda member, alone: read_image(member, side, crop, alone)
-
-
-def cache_folders(paths, cache):
-    """Return the folders where packs may lie, the preferred one first."""
-    if cache is not None:
-        return [Path(cache)]
-    beside = DATA if paths == DRAWN else paths[0].resolve().parent
-    own = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return [beside, Path(own, "facefusion")] if os.path.isabs(own) else [beside]  # a user may have no home
-
-
-# ---- order ----------------------------------------------------------------------------------------------------
+    found = image_files.list_images(paths)
+    side = min(size, image_files.native_side(found.members))
+    return found, side, lambda member, alone: image_files.read_image(member, side, crop, alone)
 
 
 def seeded(*numbers):
@@ -234,39 +200,28 @@ def batch_indices(count, seed, start, batch_size):
     return torch.cat(parts)
 
 
-# ---- command --------------------------------------------------------------------------------------------------
-
-
 def download():
-    """Fetch CelebA (1.4 GB) into data/celeba with torchvision's downloader, which checks the MD5 sums.
-
-    Raises UserError, saying what to fetch by hand, where Google Drive refuses.
-    """
+    """Fetch CelebA (1.4 GB) into data/celeba, its MD5 sums checked. Raises UserError where Google Drive refuses."""
     from torchvision.datasets import CelebA
 
     try:
         CelebA(DATA, split="all", download=True)
     except Exception as error:  # gdown, requests and torchvision each raise their own types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"--download: Google Drive refused ({reason}). By hand: open {KAGGLE}, press Download, and put the file "
-            f"as {DATA / 'archive.zip'}; it is read as it is"
-        ) from error
+        reason, place = image_files.reason_of(error), DATA / "archive.zip"
+        by_hand = f"By hand: open {KAGGLE}, press Download, and put the file as {place}; it is read as it is"
+        raise UserError(f"--download: Google Drive refused ({reason}). {by_hand}") from error
 
 
 def show(argv=None):
     """Print what would be trained on, and write the report's figure 1, 3x5 random images of it."""
     parser = Parser("Show the images that Trainloop.py would train on: how many, how large, and 3x5 as a picture.")
-    add_flags(parser, "data", "split", "crop", "cache", "workers")
-    parser.add_argument("--size", type=int, default=128, choices=SIZES, help="side of the images in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="chooses the 15 images that are shown")
+    add_flags(parser, "data", "split", "crop", "cache", "workers", "size", "seed")
     parser.add_argument("--out", type=Path, default=Path("dataset.png"), help="the picture to write")
     parser.add_argument("--download", action="store_true", help="first fetch CelebA into data/celeba")
     args = parser.parse_args(argv)
-    if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or args.out.is_dir():
-        raise UserError(f"--out {args.out}: not the name of a picture; take one that ends in .png, .jpg or .webp")
-    if not args.out.absolute().parent.is_dir() or not is_writable(args.out.absolute().parent):
-        raise UserError(f"--out {args.out}: there is no folder {args.out.parent} that can be written to")
+    folder, is_picture = args.out.absolute().parent, args.out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+    if not is_picture or args.out.is_dir() or not folder.is_dir() or not is_writable(folder):
+        raise UserError(f"--out {args.out}: not a picture (.png, .jpg or .webp) in a folder that can be written to")
     from torchvision.utils import save_image  # here, so that a training does without it
 
     if args.download:
@@ -275,7 +230,7 @@ def show(argv=None):
     print(
         f"{len(dataset):,} images ({dataset.name}, split {dataset.split}, crop {dataset.crop}, "
         f"{len(dataset.skipped)} left out), trained on at {args.size} px, stored at {dataset.images.shape[1]} px in "
-        f"{printable(str(dataset.cache_file))} ({dataset.images.nbytes / 1e9:.2f} GB)"
+        f"{image_files.printable(str(dataset.cache_file))} ({dataset.images.nbytes / 1e9:.2f} GB)"
     )
     images = dataset.batch(batch_indices(len(dataset), args.seed, 0, 15))  # (15, 3, size, size)
     with atomic_write(args.out) as file:

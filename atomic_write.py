@@ -19,15 +19,20 @@ except ImportError:  # Windows, which has no such locks: there nothing is swept
 def atomic_write(path):
     """Give a temporary path beside `path`, with its ending, to write a whole file to; then rename it to `path`.
 
-    So `path` is old or new, never torn, also after kill -9, and a good file survives an error, which is raised on.
-    What killed processes left in the folder is removed.
+    So `path` is old or new, also after kill -9 or an error, which is raised on. What killed processes left is removed.
     """
     path = Path(path)
-    remove_dead(path.parent)
+    for left in path.parent.glob(".*.tmp-*") if fcntl else ():
+        with contextlib.suppress(OSError):  # its process lives and has locked it, or it is gone, or not ours
+            if re.search(r"\.tmp-[0-9a-f]{32}(\.\w+)?$", left.name) and left.is_file():
+                with open(left, "rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    left.unlink()
     temporary = path.with_name(f".{path.stem}.tmp-{uuid.uuid4().hex}{path.suffix}")
     try:
         with ending_on_signals(), open(temporary, "xb") if fcntl else contextlib.nullcontext() as file:
-            is_locked(file)  # until the file is closed, by us or by the end of this process
+            with contextlib.suppress(OSError):  # of a file system without locks
+                fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process closes it or ends
             yield temporary
             with open(temporary, "rb+") as written:
                 os.fsync(written.fileno())
@@ -40,31 +45,12 @@ def atomic_write(path):
         temporary.unlink(missing_ok=True)
 
 
-def remove_dead(folder):
-    """Remove the temporaries in a folder whose process has ended, however it did."""
-    for left in folder.glob(".*.tmp-*") if fcntl else ():
-        with contextlib.suppress(OSError):  # another process was faster, or it is not ours to open
-            if re.search(r"\.tmp-[0-9a-f]{32}(\.\w+)?$", left.name) and left.is_file():
-                with open(left, "rb") as file:
-                    if not is_locked(file):
-                        left.unlink()
-
-
-def is_locked(file):
-    """Whether another process holds the lock of an open file; if none does, hold it. Some file systems have none."""
-    try:
-        fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    return False
-
-
 @contextlib.contextmanager
 def ending_on_signals():
     """Let SIGTERM and SIGHUP raise where they would kill at once, so that what is half written is removed."""
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     is_main = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
-    numbers = [number for number in numbers if is_main and signal.getsignal(number) is signal.SIG_DFL]
+    numbers = [number for number in signal.Signals if number.name in ("SIGTERM", "SIGHUP") and is_main]
+    numbers = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
     for number in numbers:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:

@@ -7,7 +7,6 @@ import socket
 import sys
 import urllib.error
 import urllib.request
-import zipfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -55,21 +54,10 @@ def fetch(url, path):
 
 
 def check(path, name, sha256=None):
-    """Return the dict of the model in `path` and the sha256 of its file; run nothing in it. Raises UserError unless it
-    is whole, has the sum `sha256` and, under a published name, is the report's generator.
-    """
-    content = path.read_bytes()
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load ignores its checksums: a flipped bit is a strange face
-            damaged = archive.testzip()
-    except Exception as error:  # zipfile raises many types
-        page = "it is a web page, as Google Drive sends one when a file's quota is used up"
-        damaged = page if content[:512].lstrip().startswith(b"<") else error
-    if damaged:
-        raise UserError(f"torn or damaged ({damaged})")
+    """Return (dict, sha256) of a model file. Raises UserError unless it is whole, and what its name and sum say."""
     file = read_model_file(path)
     generator = load_generator(file)
-    came = hashlib.sha256(content).hexdigest()
+    came = hashlib.sha256(path.read_bytes()).hexdigest()
     if name in DRIVE_IDS:
         came = (file.get("made_by") or {}).get("sha256", came)  # of the file before it was written anew
         parameters = sum(p.numel() for p in generator.parameters())
@@ -83,15 +71,15 @@ def check(path, name, sha256=None):
 def download(name, url, folder, sha256=None):
     """Fetch the model `name` into `folder`, with the sum `sha256` or else the one beside `url`; keep one that is there.
 
-    The report's pickles are written anew in this project's format, with the same numbers; other models stay as they
-    came, byte for byte. Raises UserError where nothing that is good came.
+    The report's pickles are written anew in this project's format; others stay as they came. Raises UserError.
     """
     target = folder / name
     if target.is_file():
         try:
             check(target, name, sha256)
         except UserError as error:
-            raise UserError(f"{target} is there, but {error}; move it away and run this again") from error
+            reason = str(error).replace(f"{target} is", "it is")
+            raise UserError(f"{target} is there, but {reason}; move it away and run this again") from error
         return print(f"{target} is there already")
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as temporary:  # removes what killed processes left, but for torch.hub's own temporaries
@@ -103,8 +91,8 @@ def download(name, url, folder, sha256=None):
             file, came = check(temporary, name, sha256 or beside)
         except UserError as error:
             reason = str(error).replace(str(temporary), "it")
-            by_hand = f"open {url} in a browser and save the file as {target}, or name a mirror with --from"
-            raise UserError(f"{name} was not kept: {reason}. You may run this again, {by_hand}") from error
+            ways = f"later if Google Drive's quota is used up, or open {url} in a browser and save the file as {target}"
+            raise UserError(f"{name} was not kept: {reason}. Run this again, {ways}, or take --from") from error
         if name in DRIVE_IDS:
             made_by = (file.get("made_by") or {}) | {"source": url, "sha256": came}
             torch.save(file | {"step": step_of(target), "made_by": made_by}, temporary)

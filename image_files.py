@@ -1,15 +1,13 @@
-"""Image files as people keep them, in folders and zips: which there are, and the pixels of each.
-
-A member is one of them: (name, folder, os.stat_result) or (name, ZipFile, ZipInfo).
-"""
+"""Image files as people keep them, in folders and zips: which there are, and the pixels of each."""
 
 import contextlib
 import os
 import re
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, namedtuple
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -19,23 +17,20 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from command_line import UserError
 
 # All pictures that Pillow reads by itself: not those it starts another program for, nor films and measurements.
-OTHERS = ("BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
-KINDS = {suffix: kind for suffix, kind in Image.registered_extensions().items() if kind not in OTHERS}
-FORMATS = sorted(
-    set(KINDS.values()) & set(Image.OPEN), key=lambda kind: (kind not in ("JPEG", "PNG"), kind)
-)  # tried in turn
+OTHERS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+KINDS = Image.registered_extensions()
+FORMATS = sorted(set(KINDS.values()) & set(Image.OPEN) - OTHERS, key=lambda kind: (kind not in ("JPEG", "PNG"), kind))
 SUFFIXES = tuple(suffix for suffix, kind in KINDS.items() if kind in (*FORMATS, "MPO"))  # MPO: JPEGs of phones
 PARTITION_LISTS = ("list_eval_partition.txt", "list_eval_partition.csv")
 CROPS = {"center": Image.Resampling.BICUBIC, "squash": Image.Resampling.BILINEAR}
 SMALLEST_SIDE = 32  # pixels; anything smaller is an icon, not a face
 MOST_BYTES, MOST_LIST_BYTES = 2**29, 2**26  # of an image's file, of a partition list
 LARGE_BYTES, LARGE_PIXELS = 2**25, 12_500_000  # a photograph of 12 megapixels is not large yet
-ZIP_METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA,
-               getattr(zipfile, "ZIP_ZSTANDARD", zipfile.ZIP_STORED)}  # fmt: skip
-EXPECTED = (
-    "expected a zip (img_align_celeba.zip, or Kaggle's archive.zip) or a folder such as "
-    "celeba/img_align_celeba/000001.jpg, with images such as *.jpg, *.png or *.webp"
-)
+EXPECTED = "expected a zip (Kaggle's archive.zip) or a folder of *.jpg, *.png or *.webp (img_align_celeba/000001.jpg)"
+
+# A file: its path in a folder or zip, the bytes it is said to have, nanoseconds of its last change (None in a zip), and
+# a function that opens it to be read.
+Member = namedtuple("Member", ["name", "size", "time", "open"], defaults=[None, None])
 
 
 @dataclass
@@ -43,7 +38,7 @@ class Found:
     """What lies in folders and zips."""
 
     place: str  # for people
-    members: list = field(default_factory=list)
+    members: list = field(default_factory=list)  # the images
     left_out: list = field(default_factory=list)  # of strings: an image's or folder's name, and why
     others: Counter = field(default_factory=Counter)  # files that are no images: how many of each ending
 
@@ -52,21 +47,23 @@ def describe_source(path):
     """Return what tells that a zip or folder is unchanged: names, sizes, times. Nothing is read, so it is fast."""
     if path.is_file():
         return [path.name, path.stat().st_size, path.stat().st_mtime_ns]
-    found = Found(str(path))
-    list_folder(path, found)
-    return [path.name, [[name, stat.st_size, stat.st_mtime_ns] for name, _, stat in found.members]]
+    list_folder(path, found := Found(str(path)))
+    return [path.name, [(member.name, member.size, member.time) for member in found.members]]
 
 
 def list_images(paths):
     """Return the Found of all paths, by name. Raises UserError where there are no images."""
     found = Found(" ".join(map(str, paths)))
     for path in paths:
-        (list_folder if path.is_dir() else list_zip)(path, found)
+        if path.is_dir():
+            list_folder(path, found)
+        else:
+            found.members += [member for member in zip_members(path) if is_image(member.name, found)]
     if not found.members:
         among = f" among {counts(found)}" if found.others else ""
         zips = " (it holds zips: name them instead; unpack one that holds zips itself)" if found.others[".zip"] else ""
         raise UserError(f"--data {found.place}: no images found{among}{zips}; {EXPECTED}")
-    found.members.sort(key=lambda member: member[0])
+    found.members.sort(key=lambda member: member.name)
     return found
 
 
@@ -75,91 +72,62 @@ def counts(found):
     return ", ".join(f"{count:,} {ending}" for ending, count in found.others.most_common(8))
 
 
-def sort_in(name, found):
+def is_image(name, found):
     """Return whether a file is an image by its name; count it if it is not. What Macs leave behind is neither."""
     base = name.rpartition("/")[2]
     if base.startswith("._") or "__MACOSX" in name.split("/"):
         return False
-    is_image = base.lower().endswith(SUFFIXES)
-    if not is_image and base not in PARTITION_LISTS:
+    known = base.lower().endswith(SUFFIXES)
+    if not known and base not in PARTITION_LISTS:
         found.others[printable(os.path.splitext(base)[1].lower()) or "without an ending"] += 1
-    return is_image
+    return known
 
 
 def list_folder(folder, found):
     """Add what is in a folder and those within to `found`. Links are followed, but into each folder only once."""
-    todo = [""]
     seen = {(stat.st_dev, stat.st_ino) for stat in map(os.stat, folder.resolve().parents)}
-    while todo:
-        inner = todo.pop(0)
+    todo = [("", folder)]
+    for name, entry in todo:  # which grows meanwhile: one level after the other
         try:
-            stat = os.stat(folder / inner)
-            if (stat.st_dev, stat.st_ino) in seen:
-                found.left_out.append(f"{printable(inner)} (a link to a folder that is read already or holds it)")
-                continue
-            seen.add((stat.st_dev, stat.st_ino))
-            with os.scandir(folder / inner) as entries:  # it is fast, for a folder may hold 202,599 of them
-                entries = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
-        except OSError as error:
-            found.left_out.append(f"{printable(inner)} ({error.strerror})")
-            continue
-        for entry in entries:
-            name = inner + entry.name
-            try:
-                if entry.is_dir():
-                    todo += [name + "/"] if entry.name != "__MACOSX" else []
-                elif sort_in(name, found):
-                    if entry.is_file():
-                        found.members.append((name, folder, entry.stat()))
-                    else:
-                        kind = "a link to nothing" if entry.is_symlink() else "not a regular file"
-                        found.left_out.append(f"{printable(name)} ({kind})")
-            except OSError as error:
-                found.left_out.append(f"{printable(name)} ({error.strerror})")
+            if entry.is_dir():
+                stat = os.stat(entry)  # on Windows entry.stat() lacks what tells folders apart
+                if (stat.st_dev, stat.st_ino) in seen:
+                    raise ValueError("a link to a folder that is read already or holds it")
+                seen.add((stat.st_dev, stat.st_ino))
+                with os.scandir(entry) as entries:  # it is fast, for a folder may hold 202,599 of them
+                    inner = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
+                todo += [(f"{name}/{entry.name}" if name else entry.name, entry) for entry in inner]
+            elif is_image(name, found):
+                if not entry.is_file():
+                    raise ValueError("a link to nothing" if entry.is_symlink() else "not a regular file")
+                stat = entry.stat()
+                found.members.append(Member(name, stat.st_size, stat.st_mtime_ns, partial(open, entry.path, "rb")))
+        except (OSError, ValueError) as error:
+            found.left_out.append(f"{printable(name)} ({reason_of(error)})")
 
 
-def list_zip(path, found):
-    """Add what is in a zip to `found`."""
-    archive = open_zip(path)
-    infos = [info for info in archive.infolist() if not info.is_dir() and sort_in(info.filename, found)]
-    found.members += [(info.filename, archive, info) for info in infos]
-
-
-def open_zip(path):
+def zip_members(path):
+    """Return the Members of a zip. Raises UserError unless it is whole."""
     try:
-        return zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(path)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # of many types, for a damaged list of members
         raise UserError(
             f"--data {path}: not a whole zip ({reason_of(error)}); download it again, or unpack it and pass the folder"
         ) from None
+    infos = [info for info in archive.infolist() if not info.is_dir()]
+    return [Member(info.filename, info.file_size, open=partial(archive.open, info)) for info in infos]
 
 
-def size_of(name, source, info):
-    return info.st_size if isinstance(source, Path) else info.file_size
-
-
-def open_member(name, source, info, most=MOST_BYTES):
-    """Return (file open for reading, its size in bytes) of a member. Raises ValueError for what cannot be read."""
-    size = size_of(name, source, info)
-    if size > most:
-        raise ValueError(f"{size / 1e6:,.0f} MB, more than {most / 1e6:,.0f} MB")
-    if isinstance(source, Path):
-        return open(source / name, "rb"), size
-    if info.flag_bits & 1:
-        raise ValueError("encrypted; unpack the zip and pass the folder")
-    if info.compress_type not in ZIP_METHODS:
-        method = zipfile.compressor_names.get(info.compress_type, info.compress_type)
-        raise ValueError(f"packed by method {method}, which Python cannot read; unpack the zip and pass the folder")
-    return source.open(info), size
-
-
-def read_member(*member, most=MOST_BYTES):
-    """Return the bytes of a member, and no more of them than it declares."""
-    file, size = open_member(*member, most)
-    with file:
-        return file.read(size)
+def open_member(member, most=MOST_BYTES):
+    """Return a member opened for reading. Raises ValueError for one of too many bytes, or that Python cannot read."""
+    if member.size > most:
+        raise ValueError(f"{member.size / 1e6:,.0f} MB, more than {most / 1e6:,.0f} MB")
+    try:
+        return member.open()
+    except RuntimeError:
+        raise ValueError("encrypted, or packed by an unknown method; unpack the zip and pass the folder") from None
 
 
 def printable(name):
@@ -171,97 +139,77 @@ def reason_of(error):
     """Return one short line that says what an exception means to a user."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image of a format that is read"  # its own text is the address of an object
-    return printable((str(error) or type(error).__name__).splitlines()[0][:120])
-
-
-# ---- CelebA's split -------------------------------------------------------------------------------------------
+    text = (getattr(error, "strerror", None) or str(error)).strip() or type(error).__name__
+    return printable(text.splitlines()[0][:120])
 
 
 def read_partition(paths):
-    """Return {file name: 0, 1 or 2} from the list_eval_partition near the data or in a zip of it, {} without one."""
-    folders = (folder for path in paths for folder in (path, path.resolve().parent, path.resolve().parent.parent))
-    files = [folder / name for folder in folders for name in PARTITION_LISTS]
-    lists = [(file.name, file.parent, file.stat()) for file in files if file.is_file()]
-    for path in filter(Path.is_file, paths if not lists else ()):
-        archive = open_zip(path)
-        infos = [info for info in archive.infolist() if info.filename.rpartition("/")[2] in PARTITION_LISTS]
-        lists += [(info.filename, archive, info) for info in infos]
+    """Return {file name: 0, 1 or 2} from the list_eval_partition near the data or in a zip of it, {} without one.
+
+    Its lines are '000001.jpg 0' (CelebA) or, below a header, '000001.jpg,0' (Kaggle).
+    """
+    folders = [folder for path in paths for folder in (path, *path.resolve().parents[:2])]
+    files = [file for folder in folders for name in PARTITION_LISTS if (file := folder / name).is_file()]
+    lists = [Member(str(file), file.stat().st_size, open=partial(open, file, "rb")) for file in files]
+    for path in filter(Path.is_file, () if lists else paths):
+        members = [member for member in zip_members(path) if member.name.rpartition("/")[2] in PARTITION_LISTS]
+        lists += [member._replace(name=f"{member.name} in {path}") for member in members]
     if not lists:
         return {}
-    name, source, info = lists[0]
     try:
-        return parse_partition(read_member(name, source, info, most=MOST_LIST_BYTES))
+        with open_member(lists[0], MOST_LIST_BYTES) as file:
+            data = file.read(lists[0].size)
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        rows = re.findall(r"^([^\s,]+)[,\t ]+([0-2])[\t ]*\r?$", text, re.MULTILINE)
+        if not rows:
+            raise ValueError("no line of it is like '000001.jpg 0'")
     except Exception as error:  # zipfile raises many types
-        place = source / name if isinstance(source, Path) else f"{name} in {source.filename}"
+        place = printable(lists[0].name)
         raise UserError(f"{place} cannot be read ({reason_of(error)}); put a good one, in UTF-8, beside it") from None
-
-
-def parse_partition(data):
-    """b'000001.jpg 0' (CelebA) or b'000001.jpg,0' (Kaggle, below a header) on each line -> {'000001.jpg': 0}."""
-    text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    rows = re.findall(r"^([^\s,]+)[,\t ]+([0-2])[\t ]*\r?$", text, re.MULTILINE)
-    if not rows:
-        raise ValueError("no line of it is like '000001.jpg 0'")
     return {name: int(number) for name, number in rows}
 
 
-# ---- pixels ---------------------------------------------------------------------------------------------------
-
-
-class Large(Exception):
-    """An image that is to be decoded while no other large one is, for the sake of memory."""
-
-
 def read_image(member, size, crop, alone=True):
-    """Return (pixels (size, size, 3) uint8, checksum of the file) of a member. Raises as decode does."""
-    if not alone and size_of(*member) > LARGE_BYTES:
-        raise Large
-    data = read_member(*member)
-    return decode(data, size, crop, alone), zlib.crc32(data)
+    """Return (pixels, checksum of its file) of a member: (size, size, 3) uint8, upright, opaque, cropped, resized.
 
-
-def decode(data, size, crop, alone=True):
-    """Return the encoded image `data` as a (size, size, 3) uint8 array: upright, opaque, cropped, resized.
-
-    Pillow's filters widen with the reduction, which is antialiasing. Raises Large unless `alone` where it is that, else
-    any exception for what is not a usable image.
+    Pillow's filters widen with the reduction, which is antialiasing. Returns None for a large image unless `alone`:
+    only one is decoded at a time, for the sake of memory. Raises any exception for what is no usable image.
     """
+    if member.size > LARGE_BYTES and not alone:
+        return None
+    with open_member(member) as file:
+        data = file.read(member.size)  # no more than it is said to have
     image = Image.open(BytesIO(data), formats=FORMATS)  # of an animation, the first frame
-    if min(image.size) < SMALLEST_SIDE:
-        raise ValueError(f"only {image.width}x{image.height} pixels")
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} pixels are too many")
-    if image.width * image.height > LARGE_PIXELS and not alone:
-        raise Large
+    width, height = image.size
+    if min(width, height) < SMALLEST_SIDE:
+        raise ValueError(f"only {width}x{height} pixels")
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{width}x{height} pixels are too many")
+    if width * height > LARGE_PIXELS and not alone:
+        return None
     if image.format == "TIFF" and image.mode.startswith("I") and image.tag_v2.get(258) != (16,):
         raise ValueError(f"{image.tag_v2.get(258)} bits a pixel")
     ImageOps.exif_transpose(image, in_place=True)
-    if crop == "center" and image.width != image.height:
+    if crop == "center" and width != height:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))  # resize's own box would sample across its border
-    if image.mode.startswith(("I", "F")):
-        image = with_8_bits(image)
+    if image.mode.startswith(("I", "F")):  # Pillow's own conversion would cut off all that is above 255
+        values = np.asarray(image)
+        if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"grey values of another kind than 8 or 16 bits, mode {image.mode}")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image if image.mode == "RGBA" else image.convert("RGBA")  # of a large image no copy is to spare
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB").resize((size, size), CROPS[crop]))
-
-
-def with_8_bits(image):
-    """Return a grey image of 16 bits in 8; Pillow's own conversion would cut off all that is above 255."""
-    values = np.asarray(image)
-    if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"grey values of another kind than 8 or 16 bits, mode {image.mode}")
-    return Image.fromarray((values >> 8).astype(np.uint8))
+    pixels = np.asarray(image.convert("RGB").resize((size, size), CROPS[crop]))
+    return pixels, zlib.crc32(data)
 
 
 def native_side(members):
     """Return the largest shorter side, in pixels, among a few of the images: storing more would be invention."""
     sides = [SMALLEST_SIDE]
     for member in members[:: max(1, len(members) // 32)]:
-        with contextlib.suppress(Exception):  # counted when it is packed
-            file, _ = open_member(*member)
-            with file:
-                sides.append(min(Image.open(file, formats=FORMATS).size))
+        with contextlib.suppress(Exception), open_member(member) as file:  # counted when it is packed
+            sides.append(min(Image.open(file, formats=FORMATS).size))
     return max(sides)
