@@ -153,9 +153,9 @@ def train_step(state, settings, dataset, device):
             losses.append(generator_loss(state.projected.heads(features)))
     scalars |= generator_step(state, settings, fake, images, losses)
     if state.ema:
-        # Early on the average follows faster, or it would show the random start for 1 / (1 - ema) steps. A network
-        # that was grown or taken over does not start at random, and brings its average along.
-        begun = settings.grow_from or settings.start_from
-        update_ema(state.ema, state.generator, min(settings.ema, 1 if begun else (1 + state.step) / (10 + state.step)))
+        # Early on the average follows faster, or it would show the random start, of a grown network that of its new
+        # blocks, for 1 / (1 - ema) steps. A network that was taken over whole brings its average along.
+        early = 1 if settings.start_from else (1 + state.step) / (10 + state.step)
+        update_ema(state.ema, state.generator, min(settings.ema, early))
     state.step += 1
     return scalars, real, images.detach()
