@@ -23,9 +23,9 @@ from PIL import Image
 
 import Interpolation
 import photos
-from checkpoints import load_generator, read_model_file, step_of
-from command_line import Parser, UserError, run_command
-from Dataset import open_data
+from checkpoints import list_models, load_generator
+from command_line import Parser, UserError, filled_path, run_command
+from Dataset import choose_paths, open_data
 from device import pick_device
 from Generator import latent, to_uint8
 from settings import add_flags
@@ -190,7 +190,7 @@ def add_game(generator, data, crop):
         button.click(lambda game, all, a=answer: turn(game, [*all, a]), [game, answers], outputs, **HIDDEN)
 
 
-def add_photos(generator):
+def add_photos(generator, crop):
     """Add the tab Your photos: upload, tune, then what Morph has."""
     people, route, tuned = gr.State([]), gr.State([]), gr.State(None)
     with gr.Row():
@@ -204,7 +204,7 @@ def add_photos(generator):
     def read(paths, people):
         for path in map(Path, paths):
             try:
-                face = photos.read_face(path, generator.size)
+                face = photos.read_face(path, generator.size, crop)
                 people = [*people, (f"{len(people) + 1} {path.stem[:12]}", face)]
             except UserError as error:
                 gr.Warning(html.escape(str(error).removeprefix("--photos ").replace(str(path), path.name)))
@@ -227,13 +227,13 @@ def add_photos(generator):
     clear.click(lambda: ([], "", "", None, [], *show([])), None, [people, sheet, result, tuned, route, *outputs])
 
 
-def add_models(page, model, device):
-    """Add the tab Which model?: the faces of the same seeds at each checkpoint beside --model, or of a run."""
-    folders = [Path(model) if Path(model).is_dir() else Path(model).parent, *sorted(Path("runs").glob("*/"))]
-    runs = {str(folder): files for folder in folders if (files := sorted(folder.glob("*.pt"), key=step_of))}
+def add_models(page, folder, device):
+    """Add the tab Which model?: the faces of the same seeds at each checkpoint in `folder`, or of a run."""
+    folders = dict.fromkeys(path.resolve() for path in (folder, *sorted(Path("runs").glob("*/"), reverse=True)))
+    runs = {str(folder): list_models(folder) for folder in folders if any(folder.glob("*.pt"))}
     if not runs:
-        return gr.Markdown("No models here: train some, or start the page with `--model` and a run's folder.")
-    run = gr.Dropdown([(Path(run).name or run, run) for run in runs], value=next(iter(runs)), label="Run")
+        return gr.Markdown("No model files (`*.pt`) in runs/ or beside the page's own.")
+    run = gr.Dropdown([(Path(run).name, run) for run in runs], value=next(iter(runs)), label="Run")
     step, faces = gr.Slider(1, 2, 1, step=1, label="Checkpoint", buttons=[]), gr.HTML()
 
     @on_page()
@@ -252,25 +252,25 @@ def add_models(page, model, device):
 
 def build(model, data=None, device="cpu"):
     """Return the page, a gradio Blocks, for the values of --model, --data and --device."""
-    generator = Interpolation.load_model(model, device).to(memory_format=torch.channels_last)
-    file = read_model_file(model) if Path(model).is_file() else {}
+    path, file, generator = Interpolation.open_model(model, device)
+    crop = photos.crop_of(file)
     with gr.Blocks(title="FaceFusion", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown("# FaceFusion\nFaces of people who do not exist, and the way from one to the next.")
         with gr.Tab("Morph"):
-            add_morph(generator, photos.tuned_latents(model) if "photos" in file else {})
+            add_morph(generator, photos.tuned_latents(file, path) if "photos" in file else {})
         with gr.Tab("Real or generated?"):
-            add_game(generator, data, file.get("settings", {}).get("crop", "center"))
+            add_game(generator, data, crop)
         with gr.Tab("Your photos"):
-            add_photos(generator)
+            add_photos(generator, crop)
         with gr.Tab("Which model?"):
-            add_models(page, model, device)
+            add_models(page, path.parent, device)
     return page
 
 
 def serve(argv):
     """Show the page that the command line asks for until Ctrl-C. Raises UserError for bad flags and without gradio."""
     parser = Parser(__doc__)
-    parser.add_argument("--model", default=str(Interpolation.SHIPPED), help="a model, a folder of them, or latest")
+    parser.add_argument("--model", type=filled_path, default=Interpolation.SHIPPED, help="a file, a folder, or latest")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets others in")
     parser.add_argument("--port", type=int, default=7860, help="port to listen at")
     add_flags(parser, "device")
@@ -278,9 +278,8 @@ def serve(argv):
     args = parser.parse_args(argv)
     if gr is None:
         raise UserError("the page needs gradio: pip install gradio")
-    for path in args.data or []:
-        if path != "drawn" and not (path and Path(path).exists()):
-            raise UserError(f"--data {path}: no such file or folder")
+    if args.data:
+        choose_paths(args.data)  # raises where one is not there
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end as Ctrl-C does, which clears the folder
     with tempfile.TemporaryDirectory(prefix="facefusion-") as folder:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}

@@ -29,8 +29,9 @@ def run_folder(tmp_path_factory):
         torch.manual_seed(step)
         generator = Generator(nz=16, ngf=8, size=32)
         file = {"config": generator.config, "state": generator.state_dict()}
-        file = {"format": 1, "step": step, "settings": {}, "generator": file, "made_by": {}}
-        torch.save(file, folder / f"checkpoint_{step:06d}.pt")
+        file = {"format": 1, "step": step, "settings": None, "generator": file, "made_by": {}}
+        for kind in ("checkpoint", "generator"):  # the page takes them for one
+            torch.save(file, folder / f"{kind}_{step:06d}.pt")
     return folder
 
 
@@ -94,9 +95,30 @@ def test_a_game_has_ten_faces_that_differ_in_nothing_but_the_face(page):
     assert "0 of 10" in wrong and "in 100%" in wrong and wrong.count('class="wrong"') == 10
 
 
+def test_the_page_is_that_of_the_newest_model_and_of_its_crop_and_photos(run_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("latest").write_text("stray")
+    seen = {name: [] for name in ("add_morph", "add_game", "add_photos", "add_models")}
+    for name, calls in seen.items():
+        monkeypatch.setattr(demo, name, lambda *args, calls=calls: calls.append(args))
+    for name, crop in (("0009-old", "center"), ("0010-new", "squash")):
+        shutil.copytree(run_folder, Path("runs", name))
+        file = torch.load(run_folder / "generator_000010.pt", weights_only=True) | {"settings": {"crop": crop}}
+        torch.save(
+            file | {"photos": {"names": [name], "latents": torch.ones(1, 16)}}, f"runs/{name}/generator_000010.pt"
+        )
+    demo.build("latest", ["drawn"])
+    demo.build(Path("runs/0009-old"), ["drawn"])
+    demo.build(run_folder / "generator_000009.pt", ["drawn"])
+    assert [[*known] for _, known in seen["add_morph"]] == [["0010-new"], ["0009-old"], []]
+    assert [args[2] for args in seen["add_game"]] == ["squash", "center", "center"]
+    assert [args[1] for args in seen["add_photos"]] == ["squash", "center", "center"]
+    assert [args[1] for args in seen["add_models"]] == [Path("runs/0010-new"), Path("runs/0009-old"), run_folder]
+
+
 def test_uploads_become_faces_or_messages_and_are_deleted(page, tmp_path, monkeypatch):
     pytest.importorskip("facenet_pytorch", reason="needs facenet-pytorch")
-    generator = demo.Interpolation.load_model(str(ROOT / "bests" / "generator_128.pt"))
+    _, _, generator = demo.Interpolation.open_model(ROOT / "bests" / "generator_128.pt")
     face = Image.fromarray(to_uint8(generator(latent(9)[None]))[0].permute(1, 2, 0).numpy()).resize((300, 300))
     face.save(tmp_path / "<b>anna.jpg")
     Image.new("RGB", (300, 300)).save(tmp_path / "blank.png")
