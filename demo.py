@@ -222,7 +222,7 @@ def add_photos(generator, crop):
         text = "".join(f"<p>{html.escape(name)}: {line}</p>" for name, line in zip(names, lines, strict=True))
         return text, model, route, *show(route, model)
 
-    upload.upload(read, [upload, people], [upload, people, sheet])
+    upload.upload(read, [upload, people], [upload, people, sheet], show_progress_on=upload, trigger_mode="multiple")
     fit.click(become, people, [result, tuned, route, *outputs], show_progress_on=result)
     clear.click(lambda: ([], "", "", None, [], *show([])), None, [people, sheet, result, tuned, route, *outputs])
 

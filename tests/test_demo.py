@@ -157,7 +157,7 @@ def test_the_models_of_a_run_are_shown_in_the_order_of_their_steps(page, run_fol
 
 
 @pytest.mark.parametrize(
-    "flags, words", [(["--data", "gone.zip"], "--data gone.zip"), (["--model", "gone.pt"], "--model gone.pt")]
+    "flags, words", [(["--data", "gone.zip"], "gone.zip: no such"), (["--model", "gone.pt"], "--model gone.pt")]
 )
 def test_bad_flags_are_one_line(capsys, flags, words):
     assert demo.main(flags) == 2
