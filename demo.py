@@ -82,7 +82,7 @@ def add_player(generator, route, tuned):
         frames = gr.Slider(2, 100, 25, step=1, label="Frames from face to face", buttons=[])
         loop = gr.Checkbox(label="Back to the first face")
         make = gr.Button("Make the film", variant="primary")
-        film = gr.HTML(elem_classes="face")
+        film = gr.HTML(elem_classes="face", min_height=100)  # room for the progress
         download = gr.DownloadButton("Download the film", visible=False)
 
     def look(route, tuned, percent, loop):
@@ -197,7 +197,7 @@ def add_photos(generator, crop):
         with gr.Column(min_width=320):
             upload = gr.File(label="Two photos or more, a face in each", file_count="multiple", height=160)
             sheet, fit = gr.HTML(), gr.Button("Morph these people", variant="primary")
-            clear, result = gr.Button("Start again"), gr.HTML()
+            clear, result = gr.Button("Start again"), gr.HTML(min_height=100)  # room for the progress
         with gr.Column(min_width=320):
             show, outputs = add_player(generator, route, tuned)
 
@@ -280,6 +280,9 @@ def serve(argv):
         raise UserError("the page needs gradio: pip install gradio")
     if args.data:
         choose_paths(args.data)  # raises where one is not there
+    if hasattr(os, "getloadavg"):  # a thread that waits for a busy core makes a face 20 times as slow
+        free = (os.cpu_count() or 1) - round(os.getloadavg()[0])
+        torch.set_num_threads(max(1, min(free, torch.get_num_threads())))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end as Ctrl-C does, which clears the folder
     with tempfile.TemporaryDirectory(prefix="facefusion-") as folder:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}

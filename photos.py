@@ -96,10 +96,10 @@ def align(image, eyes, size, crop="center"):
     left, right = (complex(*eye) for eye in EYES)  # as complex numbers: one factor turns and scales
     first, second = (complex(*eye) for eye in eyes)
     factor = (second - first) / (right - left)
-    x, y, width, height = CUTS[crop]
+    column, row, width, height = CUTS[crop]
     fine = max(1, int(np.ceil(abs(factor) * height / size)))  # samples per pixel each way, against aliasing
     at = (np.arange(size * fine) + 0.5) / (size * fine)  # (S * fine,) in 0 .. 1
-    at = x + at * width + 1j * (y + at * height)[:, None]  # (S * fine, S * fine) in pixels of CelebA
+    at = column + at * width + 1j * (row + at * height)[:, None]  # (S * fine, S * fine) in pixels of CelebA
     where = first + factor * (at - left)  # and in those of the photo
     grid = np.stack([where.real / image.width, where.imag / image.height], axis=-1) * 2 - 1
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()  # (1, 3, H, W)
