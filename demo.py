@@ -155,8 +155,8 @@ def score(game, answers):
     right, count = kinds.count("right"), len(kinds)
     luck = sum(comb(count, k) for k in range(right, count + 1)) / 2**count
     chance = f"Tossing a coin gives {count // 2} on average, {right} or more in {luck:.0%} of games."
-    names = ["real" if real else "generated" for real in truth]
-    return f"<h3>{right} of {count} right. {chance}</h3>{row_of(faces, names, kinds, 'many')}"
+    row = row_of(faces, ["real" if real else "generated" for real in truth], kinds, "many")
+    return f"<h3>{right} of {count} right. {chance}</h3>{row}"
 
 
 def add_game(generator, data, crop):
@@ -253,15 +253,14 @@ def add_models(page, folder, device):
 def build(model, data=None, device="cpu"):
     """Return the page, a gradio Blocks, for the values of --model, --data and --device."""
     path, file, generator = Interpolation.open_model(model, device)
-    crop = photos.crop_of(file)
     with gr.Blocks(title="FaceFusion", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown("# FaceFusion\nFaces of people who do not exist, and the way from one to the next.")
         with gr.Tab("Morph"):
             add_morph(generator, photos.tuned_latents(file, path) if "photos" in file else {})
         with gr.Tab("Real or generated?"):
-            add_game(generator, data, crop)
+            add_game(generator, data, photos.crop_of(file))
         with gr.Tab("Your photos"):
-            add_photos(generator, crop)
+            add_photos(generator, photos.crop_of(file))
         with gr.Tab("Which model?"):
             add_models(page, path.parent, device)
     return page
@@ -278,11 +277,9 @@ def serve(argv):
     args = parser.parse_args(argv)
     if gr is None:
         raise UserError("the page needs gradio: pip install gradio")
-    if args.data:
-        choose_paths(args.data)  # raises where one is not there
-    if hasattr(os, "getloadavg"):  # a thread that waits for a busy core makes a face 20 times as slow
-        free = (os.cpu_count() or 1) - round(os.getloadavg()[0])
-        torch.set_num_threads(max(1, min(free, torch.get_num_threads())))
+    choose_paths(args.data or ["drawn"])  # raises where one is not there
+    busy = round(os.getloadavg()[0]) if hasattr(os, "getloadavg") else 0  # cores: a thread that waits for one of them
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), os.cpu_count() - busy)))  # makes a face 20 times as slow
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end as Ctrl-C does, which clears the folder
     with tempfile.TemporaryDirectory(prefix="facefusion-") as folder:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
