@@ -19,12 +19,13 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from atomic_write import atomic_write
-from checkpoints import load_generator, step_of
-from command_line import Parser, UserError, filled_path, run_command
+from checkpoints import load_generator, read_model_file, step_of
+from command_line import Parser, UserError, filled_path, new_file, run_command
 from device import pick_device
 from Generator import latent, to_uint8
-from photos import open_photos, photo_names
-from settings import add_flags
+from photos import crop_of, photo_names, tune_for, tuned_latents
+from run_folder import NUMBERED
+from settings import add_flags, checked
 
 SHIPPED = Path(__file__).parent / "bests/generator_128.pt"
 SEEDS = [48, 108, 91, 53]  # four different people of the shipped model, chosen by eye
@@ -73,18 +74,10 @@ def path(latents, positions, mode="slerp"):
     return result
 
 
-def latent_pace(transitions, frames, ease=False):
-    """Return `frames` even steps a transition, ends included: (S + 1,) float64. ease: slow at seeds (3t^2 - 2t^3)."""
-    positions = np.arange(transitions * frames + 1) / frames
-    t = positions % 1
-    return positions - t + t * t * (3 - 2 * t) if ease else positions
-
-
 def perceptual_pace(step_sizes, positions):
-    """Move `positions` along their path until each step changes the picture by the same amount.
+    """Move `positions` along their path, but for its ends, until each step changes the picture by the same amount.
 
-    The ends stay. Equidistribution by de Boor's iteration (1973): take the sizes of the present steps as the
-    path's arc length, and divide that evenly.
+    De Boor's iteration (1973): take the sizes of the present steps as the path's arc length, and divide that evenly.
     step_sizes: (S + 1,) positions -> (S,) distances between neighbouring pictures; UserError where all are 0.
     Returns the positions, and largest / median step before and after.
     """
@@ -113,12 +106,11 @@ def faces(generator, z):
 
 def step_sizes(generator, z):
     """Return the RMS change of the picture from each latent to the next, of 0 .. 255: (F, nz) -> (F - 1,) float64."""
-    steps, last = [], None
+    steps, last = [], []
     for batch in z.split(BATCH_ROWS // generator.size):
-        x = faces(generator, batch)  # (b, 3, size, size)
-        x = x if last is None else torch.cat([last, x])
+        x = torch.cat([*last, faces(generator, batch)])  # (b, 3, size, size), with the last one of those before
         steps.append((x[1:] - x[:-1]).square().mean((1, 2, 3)).sqrt())
-        last = x[-1:]
+        last = [x[-1:]]
     return torch.cat(steps).cpu().double().numpy() * 127.5
 
 
@@ -197,43 +189,40 @@ def write_strip(file, frames, fps, sample):
 
 
 MODES = {"slerp": slerp, "lerp": lerp}
-# ending: how it is written, the largest side in pixels, the largest fps (a GIF's delay is 2/100 s or more)
-WRITERS = {
-    ".gif": (write_gif, 65_535, 50),
-    ".mp4": (write_mp4, 8_192, 240),
-    ".webp": (write_webp, 16_383, 240),
-    ".png": (write_strip, 65_535, 240),
-}
+# ending: how it is written, and the largest side in pixels
+WRITERS = {".gif": (write_gif, 65_535), ".mp4": (write_mp4, 8_192), ".webp": (write_webp, 16_383),
+           ".png": (write_strip, 65_535)}  # fmt: skip
 
 
 def write_film(out, frames, fps, sample):
-    """Write frames to the path `out` in the format of its ending; a file that is there is replaced when all is well.
+    """Write frames, (H, W, 3) uint8 arrays, to the path `out` in the format of its ending, whole or not at all.
 
-    frames: iterable of (H, W, 3) uint8 arrays. fps: frames per second.
-    sample: iterable of frames from all over the film, read only for the palette of a GIF.
+    fps: frames per second. sample: frames from all over the film, read only for the palette of a GIF.
     """
     with atomic_write(out) as temporary:
         WRITERS[out.suffix.lower()][0](temporary, frames, fps, sample)
 
 
-def load_model(name, device="cpu"):
-    """Return the Generator that --model names: a model file, a folder (its newest model), or "latest".
+def open_model(name, device="cpu"):
+    """Return the model that --model names: its path, the dict in that file, and its Generator.
 
-    "latest" is the newest model in the numbered folders under ./runs, looked for from the newest run on. In folders
-    a file that cannot be read is passed over, with a line on stderr. Raises UserError where no model can be read.
+    name: a model file, a folder, of which it is the newest model, or "latest": the newest numbered folder in ./runs.
+    In a folder a file that cannot be read is passed over, with a line on stderr. Raises UserError where none can be.
     """
-    if str(name) != "latest" and Path(name).is_file():
-        return load_generator(name, device)
-    runs = sorted(Path("runs").glob("[0-9][0-9][0-9][0-9]-*/"), reverse=True)
-    for folder in runs if str(name) == "latest" else [Path(name)]:
-        for file in sorted(folder.glob("*.pt"), key=lambda file: (step_of(file), file.name), reverse=True):
-            try:
-                generator = load_generator(file, device)
-                print(f"model: {file}")
-                return generator
-            except UserError as error:
-                print(f"passed over: {error}", file=sys.stderr)
-    raise UserError(f"--model {name}: no model there to read; train one (Trainloop.py) or get one (download_model.py)")
+    place = max(Path("runs").glob(NUMBERED), default=Path("runs")) if str(name) == "latest" else Path(name)
+    files = sorted(place.glob("*.pt"), key=lambda file: (step_of(file), file.name), reverse=True)
+    for path in [place] if place.is_file() else files:
+        try:
+            file = read_model_file(path)
+            generator = load_generator(file, device, path).to(memory_format=torch.channels_last)  # faster
+            if path != place:
+                print(f"model: {path}")
+            return path, file, generator
+        except UserError as error:
+            if path == place:
+                raise
+            print(f"passed over: {error}", file=sys.stderr)
+    raise UserError(f"--model {name}: no model in {place}; train one (Trainloop.py) or get one (download_model.py)")
 
 
 def pick_seeds(seeds, columns=1, loop=False):
@@ -241,9 +230,7 @@ def pick_seeds(seeds, columns=1, loop=False):
     flag = "--seeds" if isinstance(seeds[0], int) else "--photos"
     length, rest = divmod(len(seeds), columns)
     if length < 2 or rest:
-        raise UserError(
-            f"{flag}: {len(seeds)} do not make --columns {columns}; each takes as many, 2 {flag[2:]} or more"
-        )
+        raise UserError(f"{flag}: {len(seeds)} do not make --columns {columns} of as many, 2 {flag[2:]} or more each")
     morphs = [seeds[i : i + length] for i in range(0, len(seeds), length)]
     for seed, following in chain(*(pairwise(morph + morph[:1] * loop) for morph in morphs)):
         if seed == following:
@@ -256,10 +243,13 @@ def route(generator, seeds, frames, mode="slerp", pace="latent", loop=False, eas
 
     seeds: numbers, or (nz,) latents. frames: steps from each to the next. The film ends with the last seed,
     F = (n - 1) * frames + 1, or with `loop` one step before it would show the first one again, F = n * frames.
-    truncation: factor of all latents.
+    ease: slow at the seeds. truncation: factor of all latents.
     """
     z = truncation * torch.stack([latent(s, generator.nz) if isinstance(s, int) else s for s in seeds])  # (n, nz)
-    positions = latent_pace(len(seeds) - (not loop), frames, ease)
+    positions = np.arange((len(seeds) - (not loop)) * frames + 1) / frames
+    if ease:
+        t = positions % 1
+        positions = positions - t + t * t * (3 - 2 * t)
     if pace == "perceptual":
         positions, before, after = perceptual_pace(lambda p: step_sizes(generator, path(z, p, mode)), positions)
         print(f"largest / median step: {before:.2f} at latent pace, {after:.2f} at perceptual pace")
@@ -271,54 +261,50 @@ def parse(argv):
     """Return the flags. Raises UserError for a value out of range, a file that cannot be, flags that exclude others."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--model", type=filled_path, default=SHIPPED, help="a file, a folder of them, or latest: the newest run's")
+    add("--model", type=filled_path, help="a file, a folder of them, or latest: the newest run's; else the shipped one")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--seeds", type=int, nargs="+", metavar="SEED", default=SEEDS, help="the faces, two or more")
-    which.add_argument("--random", type=int, metavar="N", help="take N random seeds; they are printed")
-    which.add_argument("--photos", type=Path, nargs="+", help="two photos or more, or a model of --save-tuned")
-    add("--save-tuned", type=Path, metavar="FILE.pt", help="keep the model that was tuned for --photos")
+    which.add_argument("--seeds", type=checked(int, "[0, 4294967295]"), nargs="+", default=SEEDS, help="the faces")
+    which.add_argument("--random", type=checked(int, "[2, 10000]"), metavar="N", help="N random ones; they are printed")
+    which.add_argument("--photos", type=filled_path, nargs="+", help="two photos or more, or a model of --save-tuned")
+    add("--save-tuned", type=new_file(".pt"), metavar="FILE.pt", help="keep the model that was tuned for --photos")
     add("--mode", choices=MODES, default="slerp", help="lerp is the report's; slerp keeps the norm")
-    add("--frames", type=int, default=50, help="steps from each seed to the next")
+    add("--frames", type=checked(int, "[1, 1000000]"), default=50, help="steps from each seed to the next")
     add("--pace", choices=["latent", "perceptual"], default="latent", help="what is even: steps, or changes to the eye")
     add("--ease", action="store_true", help="slow down at each seed")
     add("--loop", action="store_true", help="go on from the last seed to the first")
-    add("--truncation", type=float, default=1.0, help="scale the latents towards 0: tamer faces")
-    add("--columns", type=int, default=1, help="share the seeds out to so many morphs side by side")
-    add("--scale", type=int, default=1, help="draw each pixel as a square of this side")
+    add("--truncation", type=checked(float, "[0.01, 2]"), default=1.0, help="scale the latents towards 0: tamer faces")
+    add("--columns", type=checked(int, "[1, 1000]"), default=1, help="share the seeds out to morphs side by side")
+    add("--scale", type=checked(int, "[1, 64]"), default=1, help="draw each pixel as a square of this side")
     add("--label", action="store_true", help="write the seeds under the picture")
-    add("--fps", type=float, default=25.0, help="frames per second")
-    add("--out", type=filled_path, default="morph.gif", help=".gif, .mp4, .webp, or .png: a film strip")
+    add("--fps", type=checked(float, "[0.1, 240]"), default=25.0, help="frames per second; of a GIF at most 50")
+    add("--out", type=new_file(*WRITERS), default="morph.gif", help=".gif, .mp4, .webp, or .png: a film strip")
     add_flags(parser, "device")
     args = parser.parse_args(argv)
-    out, ending = args.out, args.out.suffix.lower()
-    if out.is_dir() or ending not in WRITERS:
-        raise UserError(f"--out {out}: name a file that ends in {', '.join(WRITERS)}")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
-    limits = {"frames": (1, 1_000_000), "fps": (0.1, WRITERS[ending][2]), "scale": (1, 64), "columns": (1, 1_000),
-              "truncation": (0.01, 2), "random": (2, 10_000)}  # fmt: skip
-    for flag, (low, high) in limits.items():
-        value = getattr(args, flag)
-        if value is not None and not low <= value <= high:  # also nan
-            raise UserError(f"--{flag} {value}: choose from {low} to {high}{f' for {ending}' * (flag == 'fps')}")
+    photos = args.photos or []
+    if args.out.suffix.lower() == ".gif" and args.fps > 50:
+        raise UserError(f"--fps {args.fps}: a GIF shows at most 50 frames a second; use less, or .mp4 or .webp")
     if args.ease and args.pace == "perceptual":
         raise UserError("--ease slows down at each seed, --pace perceptual never does: choose one of them")
-    if args.photos and args.truncation != 1:
+    if photos and args.truncation != 1:
         raise UserError(f"--truncation {args.truncation}: would make other people of --photos; leave it out")
-    tuned = args.save_tuned
-    if tuned and (not args.photos or tuned.suffix != ".pt" or not tuned.parent.is_dir() or tuned.is_dir()):
-        raise UserError(f"--save-tuned {tuned}: name a .pt file in a folder that is there, beside --photos")
+    if args.save_tuned and not photos:
+        raise UserError(f"--save-tuned {args.save_tuned}: nothing is tuned without --photos; add them")
+    if any(photo.suffix == ".pt" for photo in photos):
+        if len(photos) > 1 or args.model or args.save_tuned:
+            raise UserError("--photos: a tuned model stands alone, without other photos, --model and --save-tuned")
+        args.model = photos[0]
+    args.model = args.model or SHIPPED
     return args
 
 
 def make_film(argv):
     """Make the film that the command line asks for. What cannot be drawn is refused before a face is computed."""
     args = parse(argv)
+    path, file, generator = open_model(args.model, pick_device(args.device))
+    found = tuned_latents(file, path) if args.photos == [args.model] else {}  # {name: latent}
     seeds = random.sample(range(1_000_000), args.random) if args.random else args.seeds
-    seeds = photo_names(args.photos) if args.photos else seeds
+    seeds = list(found) or photo_names(args.photos) if args.photos else seeds
     morphs = pick_seeds(seeds, args.columns, args.loop)
-    model = args.photos[0] if args.photos and args.photos[0].suffix == ".pt" else args.model
-    generator = load_model(model, pick_device(args.device)).to(memory_format=torch.channels_last)  # faster
     labels = [[f"{a} > {b}" for a, b in pairwise(morph + morph[:1] * args.loop)] for morph in morphs]
 
     side, ending = generator.size * args.scale, args.out.suffix.lower()
@@ -329,15 +315,14 @@ def make_film(argv):
     for label in chain(*labels) if args.label else ():
         caption(label, side)  # raises where it is too wide
 
-    generator, found = open_photos(args.photos, generator, args.save_tuned) if args.photos else (generator, {})
-    z, captions = [], []
-    for morph, names in zip(morphs, labels, strict=True):
-        morph = [found.get(seed, seed) for seed in morph]
-        latents, at = route(generator, morph, args.frames, args.mode, args.pace, args.loop, args.ease, args.truncation)
-        z.append(latents)
-        captions.append([names[min(int(position), len(names) - 1)] for position in at])
-    z = torch.stack(z, dim=1)  # (F, C, nz)
-    captions = list(zip(*captions, strict=True)) if args.label else None
+    if args.photos and not found:
+        photos = dict(zip(seeds, args.photos, strict=True))
+        generator, found = tune_for(photos, generator, crop_of(file), args.save_tuned)
+    options = args.frames, args.mode, args.pace, args.loop, args.ease, args.truncation
+    ways = [route(generator, [found.get(seed, seed) for seed in morph], *options) for morph in morphs]
+    z = torch.stack([latents for latents, _ in ways], dim=1)  # (F, C, nz)
+    texts = ([names[min(int(k), len(names) - 1)] for k in at] for names, (_, at) in zip(labels, ways, strict=True))
+    captions = list(zip(*texts, strict=True)) if args.label else None
     frames = tqdm(film(generator, z, captions, args.scale, axis), total=count, unit="frames", disable=None, leave=False)
     some = slice(None, None, count // 32 + 1)
     write_film(args.out, frames, args.fps, film(generator, z[some], captions and captions[some], args.scale, axis))

@@ -173,7 +173,7 @@ def describe_run(dataset, file):
     """
     words = [re.sub(r"(^|=)[^=]*[/\\](?=.)", r"\1", word) for word in sys.argv]
     command = shlex.join(["python", *words])
-    before = (file.get("made_by") or {}).get("command", "")
+    before = str((file.get("made_by") or {}).get("command", ""))
     return {
         "command": before if before.endswith(command) else f"{before}\n{command}".strip(),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},

@@ -22,7 +22,7 @@ from PIL import Image
 from torchvision import datasets, transforms
 
 from atomic_write import atomic_write
-from command_line import Parser, UserError, filled_path, is_out_of_memory, run_command
+from command_line import Parser, is_out_of_memory, new_file, run_command
 from Critic import Critic, critic_loss, generator_loss, gradient_penalty
 from Dataset import batch_indices, open_data
 from device import pick_device, prepare, resolve_precision
@@ -159,12 +159,10 @@ def compare(argv=None):
         default=[*NORMS], help="wgan: clipped weights and batch norm; wgan-gp: gradient penalty")  # fmt: skip
     add("--rounds", type=checked(int, "[1, inf)"), default=5, help="turns of each way")
     add("--seconds", type=checked(float, "(0, inf)"), default=3.0, help="length of a turn, after as long a warm-up")
-    add("--json", type=filled_path, metavar="FILE", help="also write the numbers there")
+    add("--json", type=new_file(), metavar="FILE", help="also write the numbers there")
     add_flags(parser, "ngf", "ndf", "batch_size", "precision", "device")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
-    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        raise UserError(f"--json {args.json}: name a file, in a folder that is there")
     shared = {"ngf": args.ngf, "ndf": args.ndf, "batch_size": args.batch_size}
     shared["precision"], tasks = resolve_precision(args.precision, device), []
     sizes = args.sizes or [64, 128, 256][: 2 if device.type == "cpu" else 3]

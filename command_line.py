@@ -60,6 +60,19 @@ def checked(kind, within=None):
     return read
 
 
+def new_file(*endings):
+    """Return the argparse type of a flag that names a file to write, in a folder that is there, with one of endings."""
+
+    def read(text):
+        path = filled_path(text)
+        if path.is_dir() or not path.absolute().parent.is_dir() or endings and path.suffix.lower() not in endings:
+            kind = f"a file that ends in {', '.join(endings)}" if endings else "a file"
+            raise argparse.ArgumentTypeError(f"{path}: name {kind}, in a folder that is there")
+        return path
+
+    return read
+
+
 class Output:
     """A text stream that drops what nobody can read any more (| head -1, a closed terminal), so no print ends a job."""
 

@@ -23,9 +23,9 @@ from PIL import Image
 
 import Interpolation
 import photos
-from checkpoints import load_generator, read_model_file, step_of
-from command_line import Parser, UserError, run_command
-from Dataset import open_data
+from checkpoints import list_models, load_generator
+from command_line import Parser, UserError, filled_path, run_command
+from Dataset import choose_paths, open_data
 from device import pick_device
 from Generator import latent, to_uint8
 from settings import add_flags
@@ -82,7 +82,7 @@ def add_player(generator, route, tuned):
         frames = gr.Slider(2, 100, 25, step=1, label="Frames from face to face", buttons=[])
         loop = gr.Checkbox(label="Back to the first face")
         make = gr.Button("Make the film", variant="primary")
-        film = gr.HTML(elem_classes="face")
+        film = gr.HTML(elem_classes="face", min_height=100)  # room for the progress
         download = gr.DownloadButton("Download the film", visible=False)
 
     def look(route, tuned, percent, loop):
@@ -155,8 +155,8 @@ def score(game, answers):
     right, count = kinds.count("right"), len(kinds)
     luck = sum(comb(count, k) for k in range(right, count + 1)) / 2**count
     chance = f"Tossing a coin gives {count // 2} on average, {right} or more in {luck:.0%} of games."
-    names = ["real" if real else "generated" for real in truth]
-    return f"<h3>{right} of {count} right. {chance}</h3>{row_of(faces, names, kinds, 'many')}"
+    row = row_of(faces, ["real" if real else "generated" for real in truth], kinds, "many")
+    return f"<h3>{right} of {count} right. {chance}</h3>{row}"
 
 
 def add_game(generator, data, crop):
@@ -190,21 +190,21 @@ def add_game(generator, data, crop):
         button.click(lambda game, all, a=answer: turn(game, [*all, a]), [game, answers], outputs, **HIDDEN)
 
 
-def add_photos(generator):
+def add_photos(generator, crop):
     """Add the tab Your photos: upload, tune, then what Morph has."""
     people, route, tuned = gr.State([]), gr.State([]), gr.State(None)
     with gr.Row():
         with gr.Column(min_width=320):
             upload = gr.File(label="Two photos or more, a face in each", file_count="multiple", height=160)
             sheet, fit = gr.HTML(), gr.Button("Morph these people", variant="primary")
-            clear, result = gr.Button("Start again"), gr.HTML()
+            clear, result = gr.Button("Start again"), gr.HTML(min_height=100)  # room for the progress
         with gr.Column(min_width=320):
             show, outputs = add_player(generator, route, tuned)
 
     def read(paths, people):
         for path in map(Path, paths):
             try:
-                face = photos.read_face(path, generator.size)
+                face = photos.read_face(path, generator.size, crop)
                 people = [*people, (f"{len(people) + 1} {path.stem[:12]}", face)]
             except UserError as error:
                 gr.Warning(html.escape(str(error).removeprefix("--photos ").replace(str(path), path.name)))
@@ -222,18 +222,18 @@ def add_photos(generator):
         text = "".join(f"<p>{html.escape(name)}: {line}</p>" for name, line in zip(names, lines, strict=True))
         return text, model, route, *show(route, model)
 
-    upload.upload(read, [upload, people], [upload, people, sheet])
+    upload.upload(read, [upload, people], [upload, people, sheet], show_progress_on=upload, trigger_mode="multiple")
     fit.click(become, people, [result, tuned, route, *outputs], show_progress_on=result)
     clear.click(lambda: ([], "", "", None, [], *show([])), None, [people, sheet, result, tuned, route, *outputs])
 
 
-def add_models(page, model, device):
-    """Add the tab Which model?: the faces of the same seeds at each checkpoint beside --model, or of a run."""
-    folders = [Path(model) if Path(model).is_dir() else Path(model).parent, *sorted(Path("runs").glob("*/"))]
-    runs = {str(folder): files for folder in folders if (files := sorted(folder.glob("*.pt"), key=step_of))}
+def add_models(page, folder, device):
+    """Add the tab Which model?: the faces of the same seeds at each checkpoint in `folder`, or of a run."""
+    folders = dict.fromkeys(path.resolve() for path in (folder, *sorted(Path("runs").glob("*/"), reverse=True)))
+    runs = {str(folder): list_models(folder) for folder in folders if any(folder.glob("*.pt"))}
     if not runs:
-        return gr.Markdown("No models here: train some, or start the page with `--model` and a run's folder.")
-    run = gr.Dropdown([(Path(run).name or run, run) for run in runs], value=next(iter(runs)), label="Run")
+        return gr.Markdown("No model files (`*.pt`) in runs/ or beside the page's own.")
+    run = gr.Dropdown([(Path(run).name, run) for run in runs], value=next(iter(runs)), label="Run")
     step, faces = gr.Slider(1, 2, 1, step=1, label="Checkpoint", buttons=[]), gr.HTML()
 
     @on_page()
@@ -252,25 +252,24 @@ def add_models(page, model, device):
 
 def build(model, data=None, device="cpu"):
     """Return the page, a gradio Blocks, for the values of --model, --data and --device."""
-    generator = Interpolation.load_model(model, device).to(memory_format=torch.channels_last)
-    file = read_model_file(model) if Path(model).is_file() else {}
+    path, file, generator = Interpolation.open_model(model, device)
     with gr.Blocks(title="FaceFusion", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown("# FaceFusion\nFaces of people who do not exist, and the way from one to the next.")
         with gr.Tab("Morph"):
-            add_morph(generator, photos.tuned_latents(model) if "photos" in file else {})
+            add_morph(generator, photos.tuned_latents(file, path) if "photos" in file else {})
         with gr.Tab("Real or generated?"):
-            add_game(generator, data, file.get("settings", {}).get("crop", "center"))
+            add_game(generator, data, photos.crop_of(file))
         with gr.Tab("Your photos"):
-            add_photos(generator)
+            add_photos(generator, photos.crop_of(file))
         with gr.Tab("Which model?"):
-            add_models(page, model, device)
+            add_models(page, path.parent, device)
     return page
 
 
 def serve(argv):
     """Show the page that the command line asks for until Ctrl-C. Raises UserError for bad flags and without gradio."""
     parser = Parser(__doc__)
-    parser.add_argument("--model", default=str(Interpolation.SHIPPED), help="a model, a folder of them, or latest")
+    parser.add_argument("--model", type=filled_path, default=Interpolation.SHIPPED, help="a file, a folder, or latest")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets others in")
     parser.add_argument("--port", type=int, default=7860, help="port to listen at")
     add_flags(parser, "device")
@@ -278,9 +277,9 @@ def serve(argv):
     args = parser.parse_args(argv)
     if gr is None:
         raise UserError("the page needs gradio: pip install gradio")
-    for path in args.data or []:
-        if path != "drawn" and not (path and Path(path).exists()):
-            raise UserError(f"--data {path}: no such file or folder")
+    choose_paths(args.data or ["drawn"])  # raises where one is not there
+    busy = round(os.getloadavg()[0]) if hasattr(os, "getloadavg") else 0  # cores: a thread that waits for one of them
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), os.cpu_count() - busy)))  # makes a face 20 times as slow
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end as Ctrl-C does, which clears the folder
     with tempfile.TemporaryDirectory(prefix="facefusion-") as folder:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}

@@ -20,7 +20,7 @@ import torch
 
 import metrics
 from checkpoints import generator_only, list_models, load_generator, read_model_file
-from command_line import Parser, UserError, filled_path, is_out_of_memory, run_command
+from command_line import Parser, UserError, filled_path, new_file, run_command
 from Dataset import SPLITS, epoch_order, open_data
 from device import pick_device, prepare
 from Interpolation import SEEDS, faces
@@ -113,10 +113,8 @@ class Table:
         if file.get("critic"):
             try:
                 row[CRITIC] = metrics.critic_gap(file, generator, self.data, self.indices, z, self.device)
-            except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-                if is_out_of_memory(error):
-                    raise
-                print(f"{path}: its critic does not fit its own settings, and is not asked")
+            except UserError as error:
+                print(f"{path}: {error}; it is not asked")
         self.rows.append(row)
         crop = (file.get("settings") or {}).get("crop", self.args.crop)
         if crop != self.args.crop:
@@ -231,9 +229,7 @@ def keep_best(table, file, metric, args):
 
 
 def export(path, target, force):
-    """Write the model of `path` to share. Raises UserError where `target` is no name for it, or exists (no `force`)."""
-    if target.suffix != ".pt" or target.is_dir() or not target.absolute().parent.is_dir():
-        raise UserError(f"--export {target}: name a file that ends in .pt, in a folder that is there")
+    """Write the model of `path` to share. Raises UserError where `target` is that one, or exists without `force`."""
     if target.exists() and (target.samefile(path) or not force):
         raise UserError(f"--export {target}: is there already; choose another name, or --force replaces another model")
     share(lean(read_model_file(path), path), target, read_note(path))
@@ -259,6 +255,7 @@ def model_card(file, name, digest, note):
 
 
 def parse(argv=None):
+    """Return the flags. Raises UserError for those that cannot be met, before anything is computed."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("models", nargs="+", type=filled_path, help="folders of runs, and model files")
@@ -283,38 +280,29 @@ def parse(argv=None):
     add = parser.add_argument_group("the best").add_argument
     add("--by", choices=["fid", "kid", "fd", "kd", "critic"], help="copy the best by this to --bests")
     add("--bests", type=filled_path, metavar="DIR", default="bests", help="folder of the best models")
-    add("--export", type=filled_path, metavar="FILE", help="only write the model, of a run its newest, to share")
+    add("--export", type=new_file(".pt"), metavar="FILE", help="only write the model, of a run its newest, to share")
     add("--force", action="store_true", help="let --by and --export replace what is there")
     args = parser.parse_args(argv)
     args.command = shlex.join(["python", "evaluate_models.py", *(sys.argv[1:] if argv is None else argv)])
-    return args
-
-
-def check(args):
-    """Raise UserError for flags that cannot be met, before anything is computed."""
     for path in args.models:
         if not path.exists():
             raise UserError(f"{path}: no such model file or run folder")
-    if args.weights and not args.weights.is_file():
-        raise UserError(f"--weights {args.weights}: no such file")
     if args.samples < FEWEST and not args.quick:
         raise UserError(f"--samples {args.samples}: fewer than {FEWEST} say little about a model; --quick allows them")
     if args.by and args.figures_only:
         raise UserError(f"--by {args.by}: nothing is measured with --figures-only; leave one of them out")
-    if args.by not in (None, "critic", *metrics.METRICS[args.features]):
-        raise UserError(
-            f"--by {args.by}: --features {args.features} measures {' and '.join(metrics.METRICS[args.features])}"
-        )
+    if args.by not in (None, "critic", *(names := metrics.METRICS[args.features])):
+        raise UserError(f"--by {args.by}: --features {args.features} measures {' and '.join(names)}")
     if args.floor_split and args.split in ("all", args.floor_split):
         raise UserError(f"--floor-split {args.floor_split}: shares images with --split {args.split}; name another one")
     if args.export and len(args.models) > 1:
         raise UserError(f"--export {args.export}: name one model or run to share, not {len(args.models)}")
+    return args
 
 
 def evaluate(argv=None):
     """Do what the flags say: pictures, table, best; or the export alone."""
     args = parse(argv)
-    check(args)
     device = pick_device(args.device)
     prepare(device)
     # A group for each folder, and one for all model files that were named by themselves.
@@ -324,8 +312,9 @@ def evaluate(argv=None):
         groups["models" if "models" not in folders else "single_models"] = files
     if args.export:
         return export(next(iter(groups.values()))[-1], args.export, args.force)
-    extractor = None if args.figures_only else metrics.load_extractor(args.features, args.weights, device)
-    detector = None if args.figures_only else metrics.load_face_detector(device)
+    if not args.figures_only:
+        extractor = metrics.load_extractor(args.features, args.weights, device)
+        detector = metrics.load_face_detector(device)
     args.out.mkdir(parents=True, exist_ok=True)
 
     metric = CRITIC if args.by == "critic" else metrics.METRICS[args.features].get(args.by)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from checkpoints import check_network
 from command_line import UserError
 from Critic import Critic
 from Generator import to_uint8
@@ -50,19 +51,13 @@ def kernel_distance(x, y):
     return mean_of_pairs(x) + mean_of_pairs(y) - 2 * kernel_sum(x, y) / (len(x) * len(y))
 
 
-def moments(features):
-    """Return mean (D,) and unbiased covariance (D, D) of (N, D) features, in float64."""
-    features = features.double()
-    return features.mean(0), features.T.cov()
-
-
 def compare(features, reference, names):
     """Return {name: value} of the two distances of (N, D) features to those of the reference, and the diversity.
 
     Diversity: root mean square distance of two images' features relative to that of two reference images. 1: as
     different from each other as real faces; 0: mode collapse. Over all pairs its square is twice sigma's trace.
     """
-    (mu, sigma), (mu_r, sigma_r) = moments(features), moments(reference)
+    (mu, sigma), (mu_r, sigma_r) = ((x.double().mean(0), x.double().T.cov()) for x in (features, reference))
     frechet, kernel = names
     return {
         frechet: frechet_distance(mu, sigma, mu_r, sigma_r),
@@ -94,10 +89,10 @@ def load_extractor(name, weights, device):
 
     weights: a file of its weights; None has its library download them. Raises UserError where either cannot be had.
     """
-    package = {"inception": "'torchmetrics[image]'", "mobilenet_v2": "torchvision"}[name]
-    other = ", or use --features mobilenet_v2" if name == "inception" else ""
+    package, other = "torchvision", ""
     try:
         if name == "inception":
+            package, other = "'torchmetrics[image]'", ", or use --features mobilenet_v2"
             from torchmetrics.image.fid import FrechetInceptionDistance
 
             network = FrechetInceptionDistance(2048, feature_extractor_weights_path=weights and str(weights)).inception
@@ -105,7 +100,7 @@ def load_extractor(name, weights, device):
             from torchvision.models import MobileNet_V2_Weights
 
             if weights:
-                network = MobileNetFeatures(torch.load(weights, "cpu", weights_only=True))
+                network = MobileNetFeatures(dict(torch.load(weights, "cpu", weights_only=True)))
             else:
                 network = MobileNetFeatures(MobileNet_V2_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True))
     except ImportError as error:
@@ -116,8 +111,8 @@ def load_extractor(name, weights, device):
             raise UserError(f"--weights {weights}: not the weights of {name} ({reason})") from error
         if not isinstance(error, (OSError, RuntimeError)):  # no connection, or not the hash of the published file
             raise
-        way_out = f"pass them with --weights FILE{other}"
-        raise UserError(f"--features {name}: its weights could not be downloaded ({reason}); {way_out}") from error
+        way_out = f"its weights could not be downloaded ({reason}); pass them with --weights FILE{other}"
+        raise UserError(f"--features {name}: {way_out}") from error
     return network.to(device).eval().requires_grad_(False)
 
 
@@ -142,8 +137,10 @@ def features_of(batch, inputs, extractor, device):
 def critic_gap(file, generator, dataset, indices, z, device):
     """Return mean(real) - mean(fake), the estimate of the critic in a checkpoint's dict, up to its Lipschitz constant.
 
-    The images are those of `indices`, the fakes those of as many latents of z (N, nz).
+    The images are those of `indices`, the fakes those of as many latents of z (N, nz). Raises UserError where its
+    weights do not fit its settings.
     """
+    check_network(Critic, file["critic"], "critic")
     critic = Critic(**file["critic"]["config"])
     critic.load_state_dict(file["critic"]["state"])
     critic.to(device).train()  # BatchNorm judges a batch by its own statistics, as it did in training

@@ -5,6 +5,7 @@ So the generator is tuned around the latents found (pivotal tuning, Roich et al.
 """
 
 import copy
+import io
 from functools import cache
 from pathlib import Path
 
@@ -15,16 +16,16 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from atomic_write import atomic_write
-from checkpoints import FORMAT, read_model_file
+from checkpoints import FORMAT
 from command_line import UserError
 from Generator import latent
 
 MOST_PIXELS = 100_000_000  # of a photo; Pillow decodes it whole, at 3 bytes a pixel
 DETECTION_SIDE = 1280  # pixels to which a larger photo is reduced before the face is looked for
-# CelebA's eyes are at (69, 111) and (108, 111) of 178x218 pixels, and its central square begins at (0, 20). MTCNN sees
-# them one pixel to the right and below (mean of 40 images).
-EYES = ((70, 92), (109, 92))
-SQUARE = 178
+# CelebA's eyes are at (69, 111) and (108, 111) of 178x218 pixels. MTCNN sees them one pixel to the right and below
+# (mean of 40 images).
+EYES = ((70, 112), (109, 112))
+CUTS = {"center": (0, 20, 178, 178), "squash": (0, 0, 178, 218)}  # left, top, width, height: what --crop takes of them
 SEARCH = 512  # seeds among which each photo's starts are looked for
 STARTS = 4
 INVERT_STEPS, INVERT_RATE = 100, 0.05  # of Adam on the latents
@@ -87,26 +88,28 @@ def find_eyes(image, name="photo"):
     return np.asarray(points[0][:2], dtype=np.float64) / scale
 
 
-def align(image, eyes, size):
-    """Return the face as CelebA's are aligned and cut, from an RGB image: (3, size, size) float32 in [-1, 1].
+def align(image, eyes, size, crop="center"):
+    """Return the face in an RGB image as CelebA's are aligned and then cropped: (3, size, size) float32 in [-1, 1].
 
-    A similarity takes the eyes to EYES in a square of 178 pixels. What lies outside the photo repeats its border.
+    A similarity takes the eyes to EYES in 178x218 pixels. What lies outside the photo repeats its border.
     """
     left, right = (complex(*eye) for eye in EYES)  # as complex numbers: one factor turns and scales
     first, second = (complex(*eye) for eye in eyes)
     factor = (second - first) / (right - left)
-    fine = max(1, int(np.ceil(abs(factor) * SQUARE / size)))  # samples per pixel each way, against aliasing
-    at = (np.arange(size * fine) + 0.5) * SQUARE / (size * fine)  # (S * fine,) in pixels of the square
-    where = first + factor * (at + 1j * at[:, None] - left)  # (S * fine, S * fine) in pixels of the photo
+    column, row, width, height = CUTS[crop]
+    fine = max(1, int(np.ceil(abs(factor) * height / size)))  # samples per pixel each way, against aliasing
+    at = (np.arange(size * fine) + 0.5) / (size * fine)  # (S * fine,) in 0 .. 1
+    at = column + at * width + 1j * (row + at * height)[:, None]  # (S * fine, S * fine) in pixels of CelebA
+    where = first + factor * (at - left)  # and in those of the photo
     grid = np.stack([where.real / image.width, where.imag / image.height], axis=-1) * 2 - 1
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()  # (1, 3, H, W)
     x = functional.grid_sample(x, torch.from_numpy(grid)[None].float(), padding_mode="border", align_corners=False)
     return functional.avg_pool2d(x, fine)[0] / 127.5 - 1  # (3, S * fine, S * fine) -> (3, S, S)
 
 
-def read_face(path, size):
+def read_face(path, size, crop="center"):
     """Return the aligned face in a photo: (3, size, size) float32 in [-1, 1]. Raises UserError where there is none."""
-    return align(image := read_photo(path), find_eyes(image, Path(path).name), size)
+    return align(image := read_photo(path), find_eyes(image, Path(path).name), size, crop)
 
 
 # ---- from a face to a latent ----------------------------------------------------------------------------------
@@ -205,47 +208,45 @@ def fit(generator, faces, progress=bar):
     return tuned, z.cpu(), lines
 
 
-# ---- for the command line -------------------------------------------------------------------------------------
+# ---- for the scripts ------------------------------------------------------------------------------------------
+
+
+def crop_of(file):
+    """Return the crop of the images that the model of a file's dict was trained with; "center" if it does not say."""
+    return "squash" if (file.get("settings") or {}).get("crop") == "squash" else "center"
 
 
 def photo_names(paths):
-    """Return a name for each of the --photos, one and the same for the same file; those in a tuned model for [MODEL].
+    """Return a name for each photo, one and the same for the same file."""
+    stems = {path.resolve(): path.stem for path in paths}
+    unique = len(set(stems.values())) == len(stems)
+    return [path.stem if unique else f"{path.stem}-{list(stems).index(path.resolve()) + 1}" for path in paths]
 
-    Raises UserError for a model among photos, or one that was not tuned for photos.
+
+def tuned_latents(file, path):
+    """Return {name: (nz,) latent} of the photos for which the model in the dict `file` of `path` was tuned.
+
+    Raises UserError where it was not tuned for any.
     """
-    if not any(path.suffix == ".pt" for path in paths):
-        stems = {path.resolve(): path.stem for path in paths}
-        unique = len(set(stems.values())) == len(stems)
-        return [path.stem if unique else f"{path.stem}-{list(stems).index(path.resolve()) + 1}" for path in paths]
-    if len(paths) > 1:
-        raise UserError("--photos: give photos, or one tuned model, which holds the photos it was tuned for")
-    return list(tuned_latents(paths[0]))
-
-
-def tuned_latents(path):
-    """Return {name: (nz,) latent} of the photos that the model file at `path` was tuned for; UserError without any."""
     try:
-        file = read_model_file(path)
         names, z = file["photos"]["names"], file["photos"]["latents"]
         return dict(zip(map(str, names), z.float().reshape(-1, file["generator"]["config"]["nz"]), strict=True))
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"--photos {path}: not tuned for photos; --save-tuned writes such a model") from error
 
 
-def open_photos(paths, generator, save=None):
-    """Return the generator tuned for the photos at `paths`, and {name: (nz,) latent}; write both to the path `save`.
+def tune_for(photos, generator, crop, save=None):
+    """Return the generator tuned for photos, {name: path}, and {name: (nz,) latent}; write both to the path `save`.
 
-    For a tuned model, paths = [MODEL], it is `generator` as it is. Raises UserError for a photo without a face.
+    Raises UserError for a photo without a face.
     """
-    if paths[0].suffix == ".pt":
-        return generator, tuned_latents(paths[0])
-    photos = dict(zip(photo_names(paths), paths, strict=True))
-    tuned, z, lines = fit(generator, [read_face(path, generator.size) for path in photos.values()])
+    tuned, z, lines = fit(generator, [read_face(path, generator.size, crop) for path in photos.values()])
     print(*(f"{name}: {line}" for name, line in zip(photos, lines, strict=True)), sep="\n")
     if save:
         state = {key: value.cpu() for key, value in tuned.state_dict().items()}
-        file = {"format": FORMAT, "step": 0, "settings": {}, "made_by": {"command": "Interpolation.py --save-tuned"}}
-        file |= {"generator": {"config": tuned.config, "state": state}, "photos": {"names": list(photos), "latents": z}}
-        with atomic_write(save) as temporary:
-            torch.save(file, temporary)
+        made = {"settings": {"crop": crop}, "made_by": {"command": "Interpolation.py --save-tuned"}}
+        file = {"format": FORMAT, "step": 0, "generator": {"config": tuned.config, "state": state}} | made
+        torch.save(file | {"photos": {"names": list(photos), "latents": z}}, buffer := io.BytesIO())
+        with atomic_write(save) as temporary:  # torch.save itself would hide that the disk is full
+            temporary.write_bytes(buffer.getbuffer())
     return tuned, dict(zip(photos, z, strict=True))

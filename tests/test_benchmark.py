@@ -99,8 +99,8 @@ def test_command_prints_a_table_and_writes_json_and_what_does_not_fit_becomes_a_
     [
         ("--size 33", "--size"), ("--losses none", "--losses"), ("--precision fp8", "--precision"),
         ("--batch-size 0", "--batch-size: 0"), ("--ndf 1 --size 128", "--ndf 1"), ("--rounds 0", "--rounds: 0"),
-        ("--seconds nan", "--seconds: nan"), ("--device cuda:99", "--device cuda:99"), ("--json .", "--json ."),
-        ("--json=", "--json: the path is empty"), ("--json FILE/x.json", "--json .*x.json"),
+        ("--seconds nan", "--seconds: nan"), ("--device cuda:99", "--device cuda:99"), ("--json .", "--json: ."),
+        ("--json=", "--json: the path is empty"), ("--json FILE/x.json", "--json: .*x.json"),
     ],
 )  # fmt: skip
 def test_bad_flags_give_one_line(flags, message, tmp_path, capfd):

@@ -15,7 +15,7 @@ from PIL import Image
 gr = pytest.importorskip("gradio", reason="needs gradio")
 import demo  # noqa: E402
 import photos  # noqa: E402
-from Generator import Generator, latent, to_uint8  # noqa: E402
+from Generator import Generator, latent  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,8 +29,9 @@ def run_folder(tmp_path_factory):
         torch.manual_seed(step)
         generator = Generator(nz=16, ngf=8, size=32)
         file = {"config": generator.config, "state": generator.state_dict()}
-        file = {"format": 1, "step": step, "settings": {}, "generator": file, "made_by": {}}
-        torch.save(file, folder / f"checkpoint_{step:06d}.pt")
+        file = {"format": 1, "step": step, "settings": None, "generator": file, "made_by": {}}
+        for kind in ("checkpoint", "generator"):  # the page takes them for one
+            torch.save(file, folder / f"{kind}_{step:06d}.pt")
     return folder
 
 
@@ -45,6 +46,17 @@ def page(run_folder, tmp_path, monkeypatch):
     for event in blocks.fns.values():
         functions.setdefault(event.fn.__name__, event.fn)
     return functions
+
+
+@pytest.fixture
+def faces(tmp_path):
+    """The paths of two generated faces as photos."""
+    pytest.importorskip("facenet_pytorch", reason="needs facenet-pytorch")
+    _, _, generator = demo.Interpolation.open_model(ROOT / "bests" / "generator_128.pt")
+    paths = [tmp_path / name for name in ("anna.jpg", "bert.jpg")]
+    for path, x in zip(paths, generator(torch.stack([latent(9), latent(48)])), strict=True):
+        demo.to_image(x).resize((300, 300)).save(path)
+    return paths
 
 
 class Progress:
@@ -94,11 +106,29 @@ def test_a_game_has_ten_faces_that_differ_in_nothing_but_the_face(page):
     assert "0 of 10" in wrong and "in 100%" in wrong and wrong.count('class="wrong"') == 10
 
 
-def test_uploads_become_faces_or_messages_and_are_deleted(page, tmp_path, monkeypatch):
-    pytest.importorskip("facenet_pytorch", reason="needs facenet-pytorch")
-    generator = demo.Interpolation.load_model(str(ROOT / "bests" / "generator_128.pt"))
-    face = Image.fromarray(to_uint8(generator(latent(9)[None]))[0].permute(1, 2, 0).numpy()).resize((300, 300))
-    face.save(tmp_path / "<b>anna.jpg")
+def test_the_page_is_that_of_the_newest_model_and_of_its_crop_and_photos(run_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("latest").write_text("stray")
+    seen = {name: [] for name in ("add_morph", "add_game", "add_photos", "add_models")}
+    for name, calls in seen.items():
+        monkeypatch.setattr(demo, name, lambda *args, calls=calls: calls.append(args))
+    for name, crop in (("0009-old", "center"), ("0010-new", "squash")):
+        shutil.copytree(run_folder, Path("runs", name))
+        file = torch.load(run_folder / "generator_000010.pt", weights_only=True) | {"settings": {"crop": crop}}
+        torch.save(
+            file | {"photos": {"names": [name], "latents": torch.ones(1, 16)}}, f"runs/{name}/generator_000010.pt"
+        )
+    demo.build("latest", ["drawn"])
+    demo.build(Path("runs/0009-old"), ["drawn"])
+    demo.build(run_folder / "generator_000009.pt", ["drawn"])
+    assert [[*known] for _, known in seen["add_morph"]] == [["0010-new"], ["0009-old"], []]
+    assert [args[2] for args in seen["add_game"]] == ["squash", "center", "center"]
+    assert [args[1] for args in seen["add_photos"]] == ["squash", "center", "center"]
+    assert [args[1] for args in seen["add_models"]] == [Path("runs/0010-new"), Path("runs/0009-old"), run_folder]
+
+
+def test_uploads_become_faces_or_messages_and_are_deleted(page, faces, tmp_path, monkeypatch):
+    faces[0].rename(tmp_path / "<b>anna.jpg")
     Image.new("RGB", (300, 300)).save(tmp_path / "blank.png")
     (tmp_path / "rubbish.txt").write_text("rubbish")
     files = [str(tmp_path / name) for name in ("<b>anna.jpg", "blank.png", "rubbish.txt")]
@@ -135,7 +165,7 @@ def test_the_models_of_a_run_are_shown_in_the_order_of_their_steps(page, run_fol
 
 
 @pytest.mark.parametrize(
-    "flags, words", [(["--data", "gone.zip"], "--data gone.zip"), (["--model", "gone.pt"], "--model gone.pt")]
+    "flags, words", [(["--data", "gone.zip"], "gone.zip: no such"), (["--model", "gone.pt"], "--model gone.pt")]
 )
 def test_bad_flags_are_one_line(capsys, flags, words):
     assert demo.main(flags) == 2
@@ -164,7 +194,6 @@ def browser(tmp_path):
     options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path / "downloads")})
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    browser.implicitly_wait(60)
     yield browser
     browser.quit()
 
@@ -191,9 +220,9 @@ def address(run_folder, tmp_path):
     assert not list((tmp_path / "t").glob("facefusion-*"))
 
 
-def test_the_page_in_a_browser(browser, address, tmp_path):
-    def find(xpath):
-        return browser.find_element("xpath", xpath)
+def test_the_page_in_a_browser(browser, address, tmp_path, faces):
+    def shown(css):
+        return [element for element in browser.find_elements("css selector", css) if element.is_displayed()]
 
     def wait(condition, seconds=90):
         end = time.monotonic() + seconds
@@ -202,33 +231,29 @@ def test_the_page_in_a_browser(browser, address, tmp_path):
             time.sleep(0.1)
 
     def click(text):
-        wait(
-            lambda: any(
-                e.is_displayed() for e in browser.find_elements("xpath", f"//button[normalize-space()='{text}']")
-            )
-        )
-        next(
-            e for e in browser.find_elements("xpath", f"//button[normalize-space()='{text}']") if e.is_displayed()
-        ).click()
+        path = f"//*[self::a or self::button or self::label][normalize-space()='{text}']"
+        wait(lambda: any(element.is_displayed() for element in browser.find_elements("xpath", path)))
+        next(element for element in browser.find_elements("xpath", path) if element.is_displayed()).click()
 
-    def shown(css):
-        return [element for element in browser.find_elements("css selector", css) if element.is_displayed()]
+    def upload(*paths):
+        wait(lambda: browser.find_elements("css selector", "input[type=file]"))
+        browser.find_elements("css selector", "input[type=file]")[-1].send_keys("\n".join(map(str, paths)))
 
     browser.get(address)
-    for k in (3, 9, 14):
-        count = len(shown(".faces figure")) if k != 3 else 0
+    for count, k in enumerate((3, 9, 14), 1):
         wait(lambda: len(browser.find_elements("css selector", "#sheet button img")) == demo.SHEET)
         browser.find_elements("css selector", "#sheet button img")[k].click()
-        browser.implicitly_wait(0)
-        wait(lambda count=count: len(shown(".faces figure")) == count + 1)
+        wait(lambda count=count: len(shown(".faces figure")) == count)
     before = shown(".face img")[0].get_attribute("src")
     slide = "arguments[0].value = 30; arguments[0].dispatchEvent(new Event('input', {bubbles: true}))"
     browser.execute_script(slide, shown("input[type=range]")[0])
     wait(lambda: shown(".face img")[0].get_attribute("src") != before)
-    click("Make the film")
-    wait(lambda: "Download the film" in browser.page_source and len(shown(".face img")) == 2)
-    (find("//*[self::a or self::button][contains(., 'Download the film')]")).click()
-    wait(lambda: list((tmp_path / "downloads").glob("*.gif")))
+    for ending, film in ((".gif", ".face img:not([alt])"), (".mp4", ".face video")):
+        click(ending[1:].upper())
+        click("Make the film")
+        wait(lambda film=film: shown(film))
+        click("Download the film")
+        wait(lambda ending=ending: list((tmp_path / "downloads").glob(f"*{ending}")))
     with Image.open(next((tmp_path / "downloads").glob("*.gif"))) as film:
         assert film.n_frames == 51
     click("Real or generated?")
@@ -239,8 +264,14 @@ def test_the_page_in_a_browser(browser, address, tmp_path):
     wait(lambda: "of 10 right" in browser.page_source)
     click("Your photos")
     (tmp_path / "rubbish.txt").write_text("rubbish")
-    browser.find_elements("css selector", "input[type=file]")[-1].send_keys(str(tmp_path / "rubbish.txt"))
+    upload(tmp_path / "rubbish.txt")
     wait(lambda: "rubbish.txt: cannot be read" in browser.page_source)
+    upload(*faces)
+    wait(lambda: len(shown(".faces figure")) == 2)
+    click("Morph these people")
+    wait(lambda: "SSIM" in browser.page_source and len(shown(".faces figure")) == 4)
+    click("Make the film")
+    wait(lambda: shown(".face img:not([alt])"))
     click("Which model?")
     wait(lambda: any("checkpoint_000010.pt" in element.text for element in shown("h3")))
     asked = [entry["message"] for entry in browser.get_log("performance") if "requestWillBeSent" in entry["message"]]

@@ -232,8 +232,8 @@ def test_odd_settings_are_exported_as_plain_types_or_refused_by_name(tmp_path, c
         ("a.pt --features mobilenet_v2 --weights none.pth", "--weights none.pth"),
         ("a.pt --features mobilenet_v2 --weights a.pt", "--weights a.pt"), ("a.pt --fps 0", "--fps: 0"),
         ("a.pt --seeds -1 --figures-only", "--seeds: -1"), ("a.pt --figures-only --by critic", "--by critic"),
-        ("a.pt --split val --floor-split val", "--floor-split val: shares"), ("a.pt --export empty", "--export empty"),
-        ("a.pt --export no/b.pt", "--export no"), ("a.pt a.pt --export b.pt", "--export b.pt"),
+        ("a.pt --split val --floor-split val", "--floor-split val: shares"), ("a.pt --export empty", "--export: empty"),
+        ("a.pt --export no/b.pt", "--export: no"), ("a.pt a.pt --export b.pt", "--export b.pt"),
         ("a.pt --out ''", "--out: the path is empty"), ("a.pt --bests=", "--bests: the path is empty"),
     ],
 )  # fmt: skip
@@ -250,7 +250,7 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(flags, name
 
 def test_too_little_data_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("Dataset.DRAWN_COUNT", 50)
-    base = ["a.pt", "--data", "drawn", "--cache", str(tmp_path)]
+    base = [str(tmp_path), "--data", "drawn", "--cache", str(tmp_path)]
     with pytest.raises(UserError, match="25 images as reference and 25"):
         ev.choose_real(ev.parse(base), 32)
     (_, reference), (_, floor) = ev.choose_real(ev.parse([*base, "--quick"]), 32)

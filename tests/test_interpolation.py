@@ -13,6 +13,8 @@ from checkpoints import load_generator
 from command_line import UserError
 from Generator import Generator, latent
 
+NOT_ON_WINDOWS = pytest.mark.skipif(sys.platform == "win32", reason="there are no limits of file sizes")
+
 
 def write_model(path, seed=0):
     torch.manual_seed(seed)
@@ -85,7 +87,7 @@ def test_slerp_turns_at_constant_speed_the_short_way_and_norm_grows_evenly(b):
 
 def test_path_goes_through_every_seed_and_back_to_the_first(generator):
     z = torch.stack([latent(s, 16) for s in (1, 2, 3)])
-    closed = ip.path(z, ip.latent_pace(transitions=3, frames=7))
+    closed = ip.path(z, np.arange(22) / 7)
     assert closed.shape == (22, 16)
     assert torch.equal(closed[[0, 7, 14, 21]], z[[0, 1, 2, 0]])
     assert torch.equal(closed[10], ip.slerp(z[1], z[2], 3 / 7))
@@ -94,9 +96,9 @@ def test_path_goes_through_every_seed_and_back_to_the_first(generator):
     assert torch.equal(opened[[0, 4, 8]], 0.5 * z) and np.array_equal(positions, np.arange(9) / 4)
 
 
-def test_ease_rests_at_each_seed():
-    eased = ip.latent_pace(2, 10, ease=True)
-    assert np.array_equal(eased[::10], [0, 1, 2]) and np.array_equal(ip.latent_pace(2, 10), np.arange(21) / 10)
+def test_ease_rests_at_each_seed(generator):
+    eased = ip.route(generator, [1, 2, 3], 10, ease=True)[1]
+    assert np.array_equal(eased[::10], [0, 1, 2])
     steps = np.diff(eased).reshape(2, 10)
     assert np.allclose(steps, steps[:, ::-1]) and np.allclose(steps[0], steps[1])
     assert (np.diff(steps[0, :5]) > 0).all() and steps[0, 0] < 0.3 * steps[0, 4]
@@ -243,22 +245,24 @@ def test_random_seeds_are_printed_and_give_the_same_film_again(tmp_path, model, 
     assert (tmp_path / "a.gif").read_bytes() == (tmp_path / "b.gif").read_bytes()
 
 
-def test_newest_model_of_a_folder_or_of_the_latest_run_passing_over_torn_ones(tmp_path, monkeypatch, capsys):
+def test_the_newest_model_is_that_of_the_highest_step_in_the_newest_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = ("0009-old/generator_1200000", "0010-new/generator_999000", "0010-new/generator_1000000",
-             "0010-new/checkpoint_1000000", "128px/generator_1300000")  # of --out 128px  # fmt: skip
+             "0010-new/checkpoint_1000000", "0010-new/mine", "128px/generator_1300000")  # of --out 128px  # fmt: skip
     for seed, name in enumerate(names):
         Path("runs", name).parent.mkdir(parents=True, exist_ok=True)
         write_model(Path("runs", name + ".pt"), seed)
-    for name in ("0010-new/generator_1001000", "0012-torn/generator_1"):
-        Path("runs", name).parent.mkdir(exist_ok=True)
-        Path("runs", name + ".pt").write_bytes(Path("runs/0010-new/generator_999000.pt").read_bytes()[:5000])
-    Path("runs/0011-empty").mkdir()
-    expected = load_generator("runs/0010-new/generator_1000000.pt")
-    for name, torn in (("runs/0010-new", 1), ("latest", 2)):
-        assert torch.equal(ip.load_model(name).linear.weight, expected.linear.weight)
+    Path("latest.pt").write_text("stray")
+    whole = Path("runs/0010-new/generator_1000000.pt")
+    Path("runs/0010-new/generator_1001000.pt").write_bytes(whole.read_bytes()[:5000])
+    for name in ("runs/0010-new", "latest"):
+        path, file, generator = ip.open_model(name)
+        assert path == whole and torch.equal(generator.linear.weight, file["generator"]["state"]["linear.weight"])
         said = capsys.readouterr()
-        assert said.err.count("passed over") == torn and str(Path("0010-new/generator_1000000.pt")) in said.out
+        assert said.err.count("passed over") == 1 and str(whole) in said.out
+    Path("runs/0011-empty").mkdir()  # as Trainloop.py --resume latest, it does not go back to an older run
+    with pytest.raises(UserError, match="no model in .*0011-empty"):
+        ip.open_model("latest")
 
 
 def test_the_shipped_model_is_found_from_any_folder_and_the_film_lies_in_it(tmp_path, monkeypatch):
@@ -271,11 +275,12 @@ def test_the_shipped_model_is_found_from_any_folder_and_the_film_lies_in_it(tmp_
 REFUSED = [  # flags, and what the error must name
     ("--model latest", "Trainloop.py"), ("--model .", "download_model.py"), ("--model note.txt", "note.txt"),
     ("--seeds 5", "2 seeds"), ("--seeds 5 5", "5 follows itself"), ("--seeds 5 6 5 --loop", "--loop returns"),
-    ("--seeds 5 -6", "seed -6"), ("--seeds 1 2 --columns 2", "--columns 2"), ("--random 1", "--random 1"),
-    ("--frames -3", "--frames -3"), ("--fps nan", "--fps nan"), ("--fps 51", "from 0.1 to 50"),
+    ("--seeds 5 -6", "--seeds: -6"), ("--seeds 1 2 --columns 2", "--columns 2"), ("--random 1", "--random: 1"),
+    ("--frames -3", "--frames: -3"), ("--fps nan", "--fps: nan"), ("--fps 51", "at most 50"),
     ("--ease --pace perceptual", "choose one"), ("--device abacus", "--device abacus"), ("--label", "--scale"),
-    ("--out .", "--out ."), ("--out film.avi", ".gif, .mp4"), ("--out nowhere/film.gif", "no folder nowhere"),
+    ("--out .", "--out: ."), ("--out film.avi", ".gif, .mp4"), ("--out nowhere/film.gif", "--out: nowhere/film.gif"),
     ("--scale 64 --columns 100 --random 200", "too many pixels"), ("--frames 3000 --out x.png", "too many pixels"),
+    ("--save-tuned x.pt", "--save-tuned x.pt"),
 ]  # fmt: skip
 
 
@@ -292,28 +297,21 @@ def test_what_cannot_be_is_refused_in_one_line_before_a_face_is_computed(tmp_pat
 
 
 @pytest.mark.parametrize("ending", ["gif", "mp4", "webp", "png"])
-def test_diverged_model_leaves_the_old_film_alone(tmp_path, monkeypatch, capsys, ending):
-    model = write_model(tmp_path / "model.pt")
-    monkeypatch.setattr(Generator, "forward", lambda self, z: torch.full((len(z), 3, 32, 32), torch.nan))
-    (tmp_path / f"film.{ending}").write_bytes(b"precious")
-    assert run(model, tmp_path / f"film.{ending}") == 2
-    assert "diverged" in capsys.readouterr().err
-    assert (tmp_path / f"film.{ending}").read_bytes() == b"precious"
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"film.{ending}", "model.pt"]
+@pytest.mark.parametrize("fault", ["diverged", pytest.param("full disk", marks=NOT_ON_WINDOWS)])
+def test_what_goes_wrong_leaves_the_old_film_alone_and_is_named(tmp_path, monkeypatch, capsys, ending, fault):
+    (film := tmp_path / f"film.{ending}").write_bytes(b"precious")
+    if fault == "diverged":
+        monkeypatch.setattr(Generator, "forward", lambda self, z: torch.full((len(z), 3, 32, 32), torch.nan))
+        assert run(ip.SHIPPED, film) == 2
+    else:
+        import resource
 
-
-@pytest.mark.skipif(sys.platform == "win32", reason="there are no limits of file sizes")
-@pytest.mark.parametrize("ending", ["gif", "mp4", "webp", "png"])
-def test_full_disk_leaves_the_old_film_and_names_it(tmp_path, capsys, ending):
-    import resource
-
-    (tmp_path / f"film.{ending}").write_bytes(b"precious")
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, old[1]))
-    try:
-        assert run(ip.SHIPPED, tmp_path / f"film.{ending}", "--frames", 5) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        old = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, old[1]))
+        try:
+            assert run(ip.SHIPPED, film, "--frames", 5) == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"film.{ending}" in error
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(f"film.{ending}", b"precious")]
+    assert error.count("\n") == 1 and (f"film.{ending}" if fault == "full disk" else fault) in error
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(film.name, b"precious")]

@@ -16,19 +16,23 @@ def gaussian(count, dim, seed=0):
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
 
 
+def moments(features):
+    return features.double().mean(0), features.double().T.cov()
+
+
 def test_frechet_distance_of_gaussians_has_its_closed_form():
     mu1, mu2 = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([3.0, 1.0, -2.0])
     variances1, variances2 = torch.tensor([1.0, 4.0, 9.0]), torch.tensor([4.0, 4.0, 1.0])
     expected = 9 + 16 + (1 - 2) ** 2 + 0 + (3 - 1) ** 2  # |mu1 - mu2|^2 + sum of (sigma1 - sigma2)^2
     assert metrics.frechet_distance(mu1, variances1.diag(), mu2, variances2.diag()) == pytest.approx(expected, abs=1e-9)
     for count in (20, 500):  # 20 images cannot fill 64 dimensions: the covariance is singular
-        mu, sigma = metrics.moments(gaussian(count, 64))
+        mu, sigma = moments(gaussian(count, 64))
         assert metrics.frechet_distance(mu, sigma, mu, sigma) < 1e-6
 
 
 def test_frechet_distance_of_matrices_that_do_not_commute_agrees_with_the_general_square_root():
     a, b = gaussian(50, 6, 1).double(), gaussian(50, 6, 2).double() @ gaussian(6, 6, 3).double()
-    (mu1, sigma1), (mu2, sigma2) = metrics.moments(a), metrics.moments(b)
+    (mu1, sigma1), (mu2, sigma2) = moments(a), moments(b)
     trace = torch.linalg.eigvals(sigma1 @ sigma2).sqrt().real.sum()
     expected = ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace).item()
     assert not torch.allclose(sigma1 @ sigma2, sigma2 @ sigma1)
@@ -51,7 +55,7 @@ def test_distances_and_diversity_follow_blur_noise_and_collapse():
     same = measured(images)
     noisy = [measured(images + sigma * noise)["F"] for sigma in (10, 40)]
     blurred = [measured(pool(images, k, 1, k // 2, count_include_pad=False))["F"] for k in (3, 7)]
-    scale = metrics.moments(references[0])[1].trace().item()
+    scale = moments(references[0])[1].trace().item()
     assert same["F"] < 1e-6 * scale and same["diversity"] == pytest.approx(1)
     assert 1e-3 * scale < noisy[0] < noisy[1]
     assert 1e-3 * scale < blurred[0] < blurred[1]

@@ -1,4 +1,5 @@
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,8 @@ def quick(monkeypatch, tmp_path):
     torch.manual_seed(0)
     generator = Generator(nz=16, ngf=8, size=32)
     file = {"config": generator.config, "state": generator.state_dict()}
-    torch.save({"format": 1, "step": 7, "settings": {}, "generator": file, "made_by": {}}, tmp_path / "model.pt")
+    file = {"format": 1, "step": 7, "settings": {"crop": "squash"}, "generator": file, "made_by": {}}
+    torch.save(file, tmp_path / "model.pt")
     return tmp_path / "model.pt"
 
 
@@ -89,19 +91,19 @@ def test_what_is_no_photo_is_refused_by_name(tmp_path, kind, monkeypatch):
 # ---- aligning ----
 
 
-@pytest.mark.parametrize("size", [32, 128, 512])
-def test_the_eyes_come_to_where_celeba_has_them(size):
+@pytest.mark.parametrize("size, crop", [(32, "center"), (128, "center"), (128, "squash"), (512, "center")])
+def test_the_eyes_come_to_where_celeba_has_them(size, crop):
     image = np.zeros((700, 1000, 3), np.uint8)
     rows, columns = np.mgrid[:700, :1000] + 0.5
     for eye, channel in zip(EYES, (0, 1), strict=True):
         image[..., channel] = 255 * np.exp(-((columns - eye[0]) ** 2 + (rows - eye[1]) ** 2) / 400)
-    x = (photos.align(Image.fromarray(image), EYES, size) + 1) / 2
+    x = (photos.align(Image.fromarray(image), EYES, size, crop) + 1) / 2
     assert x.shape == (3, size, size)
-    at = (torch.arange(size) + 0.5) * photos.SQUARE / size
-    for channel, (column, row) in enumerate(photos.EYES):
+    at, (top, height) = (torch.arange(size) + 0.5) / size, {"center": (20, 178), "squash": (0, 218)}[crop]
+    for channel, column in enumerate((70, 109)):  # of 178x218 pixels, all or the central square of them
         weight = x[channel] / x[channel].sum()
-        assert (weight.sum(0) @ at).item() == pytest.approx(column, abs=0.5)
-        assert (weight.sum(1) @ at).item() == pytest.approx(row, abs=0.5)
+        assert (weight.sum(0) @ at).item() * 178 == pytest.approx(column, abs=0.5)
+        assert top + (weight.sum(1) @ at).item() * height == pytest.approx(112, abs=0.5)
 
 
 def test_outside_the_photo_its_border_goes_on():
@@ -160,6 +162,11 @@ def test_photos_become_a_film_and_a_tuned_model_that_makes_the_same(tmp_path, qu
     first, second = (np.asarray(Image.open(tmp_path / f"{k}.png")).astype(int) for k in (1, 2))
     assert second.shape == (32, 9 * 32, 3) and abs(first[:, : 9 * 32] - second).max() <= 1
     assert run("--model", tmp_path / "t.pt", "--seeds", 1, 2, "--frames", 1, "--out", tmp_path / "3.png") == 0
+    assert torch.load(tmp_path / "t.pt", weights_only=True)["settings"] == {"crop": "squash"}
+    capsys.readouterr()
+    for more in (["--model", quick], ["--save-tuned", tmp_path / "u.pt"], [a]):  # none of which would have a meaning
+        assert run("--photos", tmp_path / "t.pt", *more) == 2
+        assert "stands alone" in capsys.readouterr().err and not (tmp_path / "u.pt").exists()
 
 
 @pytest.mark.parametrize(
@@ -170,10 +177,8 @@ def test_photos_become_a_film_and_a_tuned_model_that_makes_the_same(tmp_path, qu
         (["anna.jpg", "gone.jpg"], "gone.jpg: no such file"),
         (["anna.jpg", "anna.jpg"], "anna follows itself"),
         (["anna.jpg"], "2 photos or more"),
-        (["model.pt"], "not tuned for photos"),
-        (["model.pt", "anna.jpg"], "one tuned model"),
         (["anna.jpg", "blank.png", "--truncation", "0.5"], "--truncation 0.5"),
-        (["anna.jpg", "blank.png", "--save-tuned", "t.gif"], "--save-tuned t.gif"),
+        (["anna.jpg", "blank.png", "--save-tuned", "t.gif"], "--save-tuned: t.gif"),
     ],
 )
 def test_photos_that_make_no_film_are_one_line_and_leave_no_file(
@@ -190,8 +195,27 @@ def test_photos_that_make_no_film_are_one_line_and_leave_no_file(
     assert error.count("\n") == 1 and words in error and sorted(os.listdir()) == before
 
 
+def test_a_model_that_was_not_tuned_holds_no_photos(quick, capsys):
+    assert run("--photos", quick) == 2 and "model.pt: not tuned for photos" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no limits of file sizes")
+def test_full_disk_names_the_tuned_model_and_leaves_nothing(tmp_path, quick, monkeypatch):
+    import resource
+
+    monkeypatch.setattr(photos, "read_face", lambda *_: torch.zeros(3, 32, 32))
+    before, old = os.listdir(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
+    try:
+        with pytest.raises(OSError, match="t.pt"):
+            photos.tune_for({"a": "a.jpg", "b": "b.jpg"}, load_generator(quick), "center", tmp_path / "t.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert os.listdir(tmp_path) == before
+
+
 def test_without_the_detector_one_line_says_how_to_get_it(tmp_path, quick, face, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "facenet_pytorch", None)
+    monkeypatch.setitem(sys.modules, "facenet_pytorch", None)
     photos.detector.cache_clear()
     assert run("--model", quick, "--photos", paste(face, tmp_path / "a.jpg"), paste(face, tmp_path / "b.jpg")) == 2
     assert "pip install --no-deps facenet-pytorch" in capsys.readouterr().err
