@@ -158,7 +158,8 @@ def noting_signals(out):
             os.write(2, text.encode() if distributed.rank() == 0 else b"")
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    handlers = {number: signal.signal(number, note) for number in numbers}
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores one
+    handlers = {number: signal.signal(number, note) for number in heeded}
     try:
         yield noted
     finally:

@@ -118,7 +118,8 @@ def test_a_pack_that_is_damaged_or_has_another_index_is_made_anew(folder):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGKILL"])
 def test_a_killed_packing_leaves_nothing_for_long(folder, name):
     code = f"""
-import time, Dataset
+import signal, time, Dataset
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup would have these tests ignore
 Dataset.image_files.read_image = lambda *args: print("decoding", flush=True) or time.sleep(0.5)
 Dataset.open_data([{str(folder)!r}], size=32, workers=1)"""
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:

@@ -20,6 +20,14 @@ from Generator import Generator, latent  # noqa: E402
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(autouse=True)
+def threads():
+    """The page takes as many threads as cores are free; other tests' bits are those of the threads they began with."""
+    number = torch.get_num_threads()
+    yield
+    torch.set_num_threads(number)
+
+
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A folder with two checkpoints of a small model."""

@@ -456,7 +456,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(tiny, tmp_path, monke
     assert f"{which}: No space left" in line
     kept = {"checkpoint_000004.pt": "--resume run from step 2", "checkpoint_000002.pt": "no checkpoint is there yet"}
     assert kept.get(which, "--resume run from step 4") in line
-    assert not [path for path in (tmp_path / "run").glob(".*") if path.name != ".lock"]
+    assert {path.name for path in (tmp_path / "run").glob(".*")} == {".lock", ".owner"}
     monkeypatch.setattr(os, "replace", real_replace)
     assert tiny("--resume", "auto", "--out", "run", "--steps", 7) == 0
 
@@ -545,11 +545,16 @@ posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals"
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_ends_in_a_checkpoint_and_a_second_training_is_refused(faces, tmp_path, name):
     number = getattr(signal, name)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL if name == "SIGHUP" else signal.SIG_IGN)  # as nohup does
     run = start(faces, tmp_path, "--steps", 10**6, "--out", "run", "--checkpoint-every", 5)
+    signal.signal(signal.SIGHUP, before)
     wait_for(lambda: list(tmp_path.glob("run/checkpoint_*.pt")), run)
     if name == "SIGHUP":
         second = start(faces, tmp_path, "--out", "run", "--resume", "auto").communicate(timeout=240)[0]
         assert f"--out run: process {run.pid} on" in second and "Traceback" not in second
+    else:
+        run.send_signal(signal.SIGHUP)
+        time.sleep(1)
     run.send_signal(number)
     out = run.communicate(timeout=240)[0]
     assert run.returncode == 128 + number and "--resume run" in out and "Traceback" not in out
