@@ -41,17 +41,27 @@ def read_model_file(path):
         raise UserError(f"{path} holds {reason}; take a generator_*.pt or checkpoint_*.pt")
     if type(file["format"]) is not int or file["format"] != FORMAT:
         raise UserError(f"{path} has format {str(file['format'])[:9]}, this version reads format {FORMAT}")
-    for name in (*NETWORKS, "step", "settings", "made_by", "ema"):
-        part, kind = file.get(name), int if name == "step" else dict
-        is_network = name in NETWORKS and isinstance(part, dict)
-        parts = [part.get(key) for key in ("config", "state")] if is_network else []
-        weights = parts[1] if is_network else part if name == "ema" else None
-        whole = isinstance(part, kind | None) and all(isinstance(value, dict) for value in parts)
-        if not whole or not all(isinstance(t, torch.Tensor) and type(key) is str for key, t in (weights or {}).items()):
-            raise UserError(f"{path} is damaged: its {name} is not what it should be")
-        if is_network and all(str(key).startswith("module.") for key in part["state"]):  # it was in DataParallel
+    kinds = {"step": int, "settings": dict, "made_by": dict}
+    networks = [name for name in NETWORKS if file.get(name) is not None]
+    wrong = [name for name, kind in kinds.items() if not isinstance(file.get(name), kind | None)]
+    wrong += [name for name in networks if not is_network(file[name])]
+    wrong += [] if file.get("ema") is None or is_state(file["ema"]) else ["ema"]
+    if wrong:
+        raise UserError(f"{path} is damaged: its {wrong[0]} is not what it should be")
+    for part in (file[name] for name in networks):
+        if all(key.startswith("module.") for key in part["state"]):  # it was in DataParallel
             part["state"] = {key.removeprefix("module."): tensor for key, tensor in part["state"].items()}
     return file
+
+
+def is_state(part):
+    """Whether a part of a file is a state dict: tensors by their names."""
+    return isinstance(part, dict) and all(type(key) is str and isinstance(t, torch.Tensor) for key, t in part.items())
+
+
+def is_network(part):
+    """Whether a part of a file is a network: the arguments it is built with, and its weights."""
+    return isinstance(part, dict) and isinstance(part.get("config"), dict) and is_state(part.get("state"))
 
 
 def check_zip(path):
