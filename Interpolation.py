@@ -24,7 +24,7 @@ from command_line import Parser, UserError, filled_path, new_file, run_command
 from device import pick_device
 from Generator import latent, to_uint8
 from photos import crop_of, photo_names, tune_for, tuned_latents
-from run_folder import NUMBERED
+from run_folder import newest_run
 from settings import add_flags, checked
 
 SHIPPED = Path(__file__).parent / "bests/generator_128.pt"
@@ -209,7 +209,7 @@ def open_model(name, device="cpu"):
     name: a model file, a folder, of which it is the newest model, or "latest": the newest numbered folder in ./runs.
     In a folder a file that cannot be read is passed over, with a line on stderr. Raises UserError where none can be.
     """
-    place = max(Path("runs").glob(NUMBERED), default=Path("runs")) if str(name) == "latest" else Path(name)
+    place = newest_run() if str(name) == "latest" else Path(name)
     files = sorted(place.glob("*.pt"), key=lambda file: (step_of(file), file.name), reverse=True)
     for path in [place] if place.is_file() else files:
         try:

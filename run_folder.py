@@ -37,8 +37,10 @@ def telling_what_is_kept(out):
         cause = error
         while cause.__context__ and not isinstance(cause, (OSError, KeyboardInterrupt)):
             cause = cause.__context__  # torch.save raises a RuntimeError over what has stopped it
-        if not isinstance(cause, OSError):
+        if isinstance(cause, KeyboardInterrupt):
             raise cause from None
+        if not isinstance(cause, OSError):
+            raise
         whole = list_checkpoints(out)
         kept = f"make room and go on with --resume {out} from step {step_of(whole[0])}" if whole else (
             "no checkpoint is there yet: make room and start again")  # fmt: skip
@@ -65,6 +67,11 @@ def newest_checkpoint(folder, check):
     return None, None
 
 
+def newest_run():
+    """Return the newest numbered folder in runs/, which "latest" means; runs/ itself where there is none."""
+    return max(filter(Path.is_dir, Path("runs").glob(NUMBERED)), default=Path("runs"))  # not 0001-archive.zip
+
+
 def find_resume(resume, out, check):
     """Return (path, file) of the checkpoint that --resume means, or (None, None) for a new run.
 
@@ -77,7 +84,7 @@ def find_resume(resume, out, check):
         return None, None
     folder = Path(resume)
     if resume in ("latest", "auto"):
-        folder = Path(out) if out else max(Path("runs").glob(NUMBERED), default=Path("runs"))
+        folder = Path(out) if out else newest_run()
     elif not folder.exists():
         raise UserError(f"--resume {resume}: no such checkpoint or run folder")
     elif taken and Path(out).resolve() != (folder.parent if folder.is_file() else folder).resolve():

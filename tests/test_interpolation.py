@@ -261,6 +261,7 @@ def test_the_newest_model_is_that_of_the_highest_step_in_the_newest_run(tmp_path
         said = capsys.readouterr()
         assert said.err.count("passed over") == 1 and str(whole) in said.out
     Path("runs/0011-empty").mkdir()  # as Trainloop.py --resume latest, it does not go back to an older run
+    (tmp_path / "runs/0012-packed.zip").touch()  # no run
     with pytest.raises(UserError, match="no model in .*0011-empty"):
         ip.open_model("latest")
 
