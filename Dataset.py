@@ -76,10 +76,13 @@ class PackedImages:
 
     def copy_to(self, device):
         """Return all images on a GPU, so that no batch has to travel: (n, S, S, 3) uint8; None if they fill it."""
-        if len(self) * self.images[0].nbytes > torch.cuda.mem_get_info(device)[0] / 3:
+        if len(self) * self.images[0].nbytes > torch.cuda.mem_get_info(device)[0] / 2:
             return None
-        parts = np.split(self.rows, range(4096, len(self), 4096))  # so that the host never holds a second copy
-        return torch.cat([torch.from_numpy(self.images[part]).to(device) for part in parts])
+        resident = torch.empty((len(self), *self.images.shape[1:]), dtype=torch.uint8, device=device)
+        for start in range(0, len(self), 4096):  # in parts, so that the host never holds a second copy
+            part = self.images[self.rows[start : start + 4096]]
+            resident[start : start + len(part)] = torch.from_numpy(part).to(device)
+        return resident
 
 
 def open_data(data, size=128, crop="center", split="all", cache=None, workers=None, quiet=False):

@@ -65,7 +65,8 @@ def new_file(*endings):
 
     def read(text):
         path = filled_path(text)
-        if path.is_dir() or not path.absolute().parent.is_dir() or endings and path.suffix.lower() not in endings:
+        ending = path.suffix if ".pt" in endings else path.suffix.lower()  # models are found again by *.pt
+        if path.is_dir() or not path.absolute().parent.is_dir() or endings and ending not in endings:
             kind = f"a file that ends in {', '.join(endings)}" if endings else "a file"
             raise argparse.ArgumentTypeError(f"{path}: name {kind}, in a folder that is there")
         return path

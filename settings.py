@@ -187,8 +187,9 @@ def combine(given, path=None, saved=None, architecture=None):
     for name, value in (asked if saved else given).items():
         if decided.get(name, value) != value and (name, value) != ("precision", "auto"):
             source = path or given.get("grow_from") or given.get("start_from")
-            raise UserError(f"{flag(name)} {value}: {source} has {flag(name)} {decided[name]}; leave the flag out, or "
-                            "start another run")  # fmt: skip
+            given_as = flag(name) if name in given else f"--preset {given['preset']}: {flag(name)}"
+            more = ", or start a new run with another --out" if saved else ""
+            raise UserError(f"{given_as} {value}: {source} gives {flag(name)} {decided[name]}; leave it out{more}")
     turned_on = START_FROM if "start_from" in given else {}
     settings = Settings(**(turned_on | asked | saved | given | decided))
     settings.out = given.get("out") or (str(path.parent) if path else None)

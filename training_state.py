@@ -132,6 +132,7 @@ def architecture_of(path, grows):
     for name, kind in zip(NETWORKS, (Generator, Critic, ProjectedCritic), strict=True):
         if file.get(name):
             check_network(kind, file[name], f"{path}: {name}")
+    check_network(Generator, file["generator"] | {"state": weights_of(file)}, f"{path}: ema")
     ours, theirs = file["generator"]["config"], (file.get("critic") or {}).get("config")
     config = (theirs or {}) | ours | {"blocks_g": ours.get("blocks", "plain")}
     config |= {"blocks_d": theirs.get("blocks", "plain")} if theirs else {}

@@ -19,10 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import training_step
 import Trainloop
 from checkpoints import load_generator, read_model_file
-from command_line import run_command
+from command_line import UserError, run_command
 from drawn_faces import draw_face
 from Generator import Generator
-from run_folder import list_checkpoints
+from run_folder import list_checkpoints, telling_what_is_kept
 from training_state import build_state, check_checkpoint, read_settings, take_over
 from training_step import critic_step, draw_noise, generator_step, set_fade, train_step, update_ema
 from Trainloop import main
@@ -277,6 +277,10 @@ def test_two_networks_without_optimizers_are_enough_to_grow_and_a_generator_to_s
     adapted = read_model_file(tmp_path / "adapted/checkpoint_000001.pt")
     assert adapted["settings"]["augment"] == ["color", "translation"]
     assert adapted["step"] == 1 and adapted["generator"]["config"] == file["generator"]["config"]
+    del (damaged := file["ema"].copy())["linear.bias"]
+    torch.save(file | {"ema": damaged}, tmp_path / "damaged.pt")
+    with pytest.raises(UserError, match="damaged.pt: ema .*linear.bias"):  # or the average would stay random there
+        read_settings(["--start-from", "damaged.pt"])
     weights = [key for key in file["ema"] if key.endswith("weight")]
     assert all((adapted["ema"][key] - file["ema"][key]).abs().max() < 1e-6 for key in weights)
 
@@ -439,6 +443,14 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tiny, tmp_path, 
     (tmp_path / "run/checkpoint_000002.pt").unlink()
     assert tiny("--steps", 1, "--out", "run", "--resume", "auto") == 2  # and does not start anew
     assert "no checkpoint" in error()
+
+
+def test_an_error_of_a_training_is_not_taken_for_what_it_arose_from(tmp_path):
+    with pytest.raises(RuntimeError, match="out of memory"), telling_what_is_kept(tmp_path):
+        try:
+            raise KeyError("of a cache")
+        except KeyError:
+            raise RuntimeError("CUDA out of memory")  # noqa: B904
 
 
 @pytest.mark.parametrize("which", ["checkpoint_000004.pt", "checkpoint_000002.pt", "samples.png"])
