@@ -197,9 +197,9 @@ def read_note(model):
     path = model.with_suffix(".json")
     if not path.is_file():
         return None
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         note, digest = json.loads(path.read_text(encoding="utf-8")), hashlib.sha256(model.read_bytes()).hexdigest()
-        whole = isinstance(note["metric"], str) and math.isfinite(note["value"]) and isinstance(note["N"], int)
+        whole = re.fullmatch(r"[\w -]{1,40}", note["metric"]) and abs(note["value"]) < 1e9 and 0 < note["N"] < 1e9
         if whole and listed(note["protocol"]) and note.get("sha256", digest) == digest:
             return note
     raise UserError(f"{path}: damaged, or not about {model.name} as it is now; move it away")

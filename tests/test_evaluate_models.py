@@ -175,7 +175,8 @@ def test_the_best_is_kept_with_its_reason_and_not_overwritten_silently(table, tm
     assert table(worst, "--by", "fd", "--seed", 1)[0] == 2 and "another way" in capsys.readouterr().err
     text = kept.with_suffix(".json").read_text()
     torn = text.replace(note["sha256"], "0" * 64)  # what a kill leaves
-    for spoiled in (torn, "[" * 100_000, "\udca5" + text, "[]", text.replace('"N"', '"n"')):
+    wrong = [text.replace('"N"', '"n"'), text.replace('"metric": "', '"metric": "' + 99 * "9")]
+    for spoiled in (torn, "[" * 100_000, "\udca5" + text, "[]", *wrong):
         kept.with_suffix(".json").write_text(spoiled, errors="surrogateescape")
         assert table(worst, "--by", "fd")[0] == 2 and "generator_32.json: damaged" in capsys.readouterr().err
     kept.with_suffix(".json").unlink()
