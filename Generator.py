@@ -120,48 +120,7 @@ def upsample(x):
     return nn.functional.interpolate(x, scale_factor=2, mode="nearest")
 
 
-class ResizedUp(nn.Module):
-    """Double the resolution by resizing, then a 3x3 convolution: (N, c_in, R/2, R/2) -> (N, c_out, R, R)."""
-
-    mode = "nearest"
-
-    def __init__(self, c_in, c_out):
-        super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, kernel_size=3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(c_out)
-
-    def forward(self, x):
-        return self.norm(self.conv(nn.functional.interpolate(x, scale_factor=2, mode=self.mode))).relu_()
-
-
-class BilinearUp(ResizedUp):
-    mode = "bilinear"
-
-
-class BlurredUp(Up):
-    """Up, with its output blurred by the binomial filter [1, 2, 1] in both directions (Karras et al. 2019)."""
-
-    def forward(self, x):
-        y = self.conv(x)  # (N, c_out, R, R)
-        line = torch.tensor([1.0, 2.0, 1.0], dtype=y.dtype, device=y.device) / 4
-        kernel = torch.outer(line, line).expand(y.shape[1], 1, 3, 3)
-        return self.norm(nn.functional.conv2d(y, kernel, padding=1, groups=y.shape[1])).relu_()
-
-
-class Excitation(nn.Module):
-    """Skip-layer excitation (Liu et al. 2021, equation 1): scale the channels of x by what a far smaller map says."""
-
-    def __init__(self, c_small, c_out):
-        super().__init__()
-        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Conv2d(c_small, c_out, 4), nn.LeakyReLU(0.1),
-                                  nn.Conv2d(c_out, c_out, 1), nn.Sigmoid())  # fmt: skip
-
-    def forward(self, small, x):
-        return x * self.gate(small)
-
-
-BLOCKS = {"plain": Up, "residual": ResidualUp, "modulated": ModulatedUp, "nearest": ResizedUp, "bilinear": BilinearUp,
-          "blurred": BlurredUp, "excited": Up}  # fmt: skip
+BLOCKS = {"plain": Up, "residual": ResidualUp, "modulated": ModulatedUp}
 
 
 class Generator(nn.Module):
@@ -195,9 +154,6 @@ class Generator(nn.Module):
             channels = width[resolution // 2], width[resolution]
             self.up[str(resolution)] = ModulatedUp(*channels, nz) if self.modulated else BLOCKS[blocks](*channels)
         self.attention = nn.ModuleDict({str(attention): Attention(width[attention])} if attention else {})
-        self.excite = nn.ModuleDict()
-        if blocks == "excited":  # 4x4 steers 64x64, 8x8 steers 128x128, as far as the network reaches
-            self.excite.update({str(16 * r): Excitation(width[r], width[16 * r]) for r in (4, 8) if 16 * r in width})
         rgb_sizes = [size // 2, size] if grown else [size]
         self.to_rgb = nn.ModuleDict({str(r): nn.Conv2d(width[r], nc, kernel_size=3, padding=1) for r in rgb_sizes})
         self.register_buffer("fade", torch.ones(()) if grown else None)
@@ -207,12 +163,8 @@ class Generator(nn.Module):
         x = x.view(-1, STEM_WIDTH, 4, 4)  # (N, 512, 4, 4)
         if self.stem_norm is not None:
             x = self.stem_norm(x).relu_()
-        maps = {4: x}
         for resolution, block in self.up.items():
             before, x = x, block(x, z) if self.modulated else block(x)  # (N, c, R/2, R/2) -> (N, ngf*64/R, R, R)
-            maps[int(resolution)] = x
-            if resolution in self.excite:
-                x = self.excite[resolution](maps[int(resolution) // 16], x)
             if resolution in self.attention:
                 x = self.attention[resolution](x)
         # Blend and Tanh in fp32, also under autocast: near -1 and 1 bf16 has no room for 256 grey levels.
