@@ -99,8 +99,8 @@ def load_extractor(name, weights, device):
             from torchvision.models import MobileNet_V2_Weights, mobilenet_v2
 
             published, network = MobileNet_V2_Weights.IMAGENET1K_V1, mobilenet_v2()
-            own = weights and torch.load(weights, "cpu", weights_only=True)
-            network.load_state_dict(own or published.get_state_dict(check_hash=True))
+            own = torch.load(weights, "cpu", weights_only=True) if weights else None
+            network.load_state_dict(published.get_state_dict(check_hash=True) if own is None else own)
             network = Features(network.features, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
         else:
             if weights:
