@@ -9,7 +9,6 @@ On several GPUs, or machines: torchrun --nproc-per-node 8 Trainloop.py --data im
 import contextlib
 import os
 import platform
-import re
 import shlex
 import signal
 import sys
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 import distributed
 from atomic_write import atomic_write
-from checkpoints import NETWORKS, read_model_file
+from checkpoints import NETWORKS, base_names, read_model_file
 from command_line import UserError, run_command
 from Dataset import estimate_pack, open_data
 from device import prepare, resolve_precision
@@ -172,8 +171,7 @@ def describe_run(dataset, file):
 
     file: of the model that the run goes on from, or an empty dict.
     """
-    words = [re.sub(r"(^|=)[^=]*[/\\](?=.)", r"\1", word) for word in sys.argv]
-    command = shlex.join(["python", *words])
+    command = shlex.join(["python", *base_names(sys.argv)])
     before = str((file.get("made_by") or {}).get("command", ""))
     return {
         "command": before if before.endswith(command) else f"{before}\n{command}".strip(),

@@ -120,14 +120,16 @@ def weights_of(file):
 def generator_only(file):
     """Return what a generator file holds of any model file: one set of weights, and settings that tell no folders."""
     generator = {"config": file["generator"]["config"], "state": dict(weights_of(file))}
-
-    def cut(value):  # paths to their names
-        cut_text = re.sub(r"(?s).*[/\\](?=.)", "", value) if isinstance(value, str) else value
-        return [cut(part) for part in value] if isinstance(value, list) else cut_text
-
-    settings = {name: cut(value) for name, value in (file.get("settings") or {}).items()}
+    settings = {name: base_names(value) for name, value in (file.get("settings") or {}).items()}
     made = {"settings": settings, "made_by": file.get("made_by") or {}}
     return {"format": FORMAT, "step": file.get("step"), **made, "generator": generator}
+
+
+def base_names(value):
+    """Return a setting or a word of a command, or a list of them, with paths cut to their last part."""
+    if isinstance(value, list):
+        return [base_names(part) for part in value]
+    return re.sub(r"(?s)(^|=)[^=]*[/\\](?=.)", r"\1", value) if isinstance(value, str) else value
 
 
 def load_generator(source, device="cpu", name="the model"):

@@ -19,7 +19,7 @@ if __name__ == "__main__":
 import torch
 
 import metrics
-from checkpoints import generator_only, list_models, load_generator, read_model_file
+from checkpoints import base_names, generator_only, list_models, load_generator, read_model_file
 from command_line import Parser, UserError, filled_path, new_file, run_command
 from Dataset import SPLITS, epoch_order, open_data
 from device import pick_device, prepare
@@ -152,11 +152,6 @@ def choose_best(rows, metric):
     return min(models, key=lambda row: abs(row[metric]) if metric == CRITIC else row[metric], default=None)
 
 
-def plain(value):
-    """Return settings as JSON knows them, the paths in older files cut to their names: they would tell folders."""
-    return json.loads(re.sub(r"[^\s\"'=]*/(?=[^\s\"'/])", "", json.dumps(value, skipkeys=True, default=str)))
-
-
 def lean(file, name):
     """Return the dict of the model file `name` as it is shared: its generator, in half the bytes, with plain settings.
 
@@ -169,7 +164,7 @@ def lean(file, name):
         state[key] = tensor.half() if tensor.dtype == torch.float32 and tensor.dim() > 1 else tensor
     load_generator(file, name=name)
     settings = {key: value for key, value in file["settings"].items() if key not in PRIVATE}
-    return file | {"settings": plain(settings), "made_by": plain(file["made_by"])}
+    return file | {"settings": settings}
 
 
 def share(file, target, note, keep_note=False):
@@ -224,7 +219,7 @@ def keep_best(table, file, metric, args):
             raise UserError(f"{here} and stays, the best here has {row[metric]:.3f}")
     args.bests.mkdir(parents=True, exist_ok=True)
     print(f"best by {metric}: {row['model']}, {row[metric]:.3f}")
-    note |= {"floor": table.rows[0].get(metric), "row": row, "command": plain(args.command)}
+    note |= {"floor": table.rows[0].get(metric), "row": row, "command": args.command}
     share(file, target, note, keep_note=True)
 
 
@@ -283,7 +278,7 @@ def parse(argv=None):
     add("--export", type=new_file(".pt"), metavar="FILE", help="only write the model, of a run its newest, to share")
     add("--force", action="store_true", help="let --by and --export replace what is there")
     args = parser.parse_args(argv)
-    args.command = shlex.join(["python", "evaluate_models.py", *(sys.argv[1:] if argv is None else argv)])
+    args.command = shlex.join(["python", "evaluate_models.py", *base_names(sys.argv[1:] if argv is None else argv)])
     for path in args.models:
         if not path.exists():
             raise UserError(f"{path}: no such model file or run folder")

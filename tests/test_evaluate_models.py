@@ -26,7 +26,7 @@ def write_model(path, step, seed=0, critic=False, ema_shift=0.0, **changes):
     generator = Generator(nz=16, ngf=8, size=32)
     state = generator.state_dict()
     settings = {"crop": "center", "split": "all", "data": ["/home/me/a.zip", "data/b.zip"], "out": "/home/me"}
-    command = "python /home/me/Trainloop.py --data '/home/me/c.zip' --out=../runs/1"
+    command = "python Trainloop.py --data c.zip --out=1"
     made_by = {"command": command, "data": {"name": "none", "fingerprint": "0", "images": 1}}
     file = {"format": 1, "step": step, "settings": settings, "made_by": made_by}
     file["generator"] = {"config": generator.config, "state": state}
@@ -206,17 +206,17 @@ def test_export_writes_a_generator_a_sum_and_a_card_or_nothing(tmp_path, capsys)
     assert target.stat().st_size < 0.6 * sum(t.nbytes for t in checkpoints.load_generator(model).state_dict().values())
     file = torch.load(target, weights_only=True)
     assert "critic" not in file and file["settings"]["data"] == ["a.zip", "b.zip"] and "out" not in file["settings"]
-    assert file["made_by"]["command"] == "python Trainloop.py --data 'c.zip' --out=1"
+    assert file["made_by"]["command"] == "python Trainloop.py --data c.zip --out=1"
     before, whole = target.read_bytes(), model.read_bytes()
     assert ev.main([str(model), "--export", str(target)]) == 2 and "--force" in capsys.readouterr().err
     assert ev.main([str(model), "--export", str(model), "--force"]) == 2  # it would lose the critic
     assert target.read_bytes() == before and model.read_bytes() == whole
 
 
-def test_odd_settings_are_exported_as_plain_types_or_refused_by_name(tmp_path, capsys):
+def test_odd_settings_are_exported_as_they_are_or_refused_by_name(tmp_path, capsys):
     odd = {"settings": {"size": 1j, 5: [2]}, "made_by": {"command": ["a"]}}
     assert ev.main([str(write_model(tmp_path / "a.pt", 5, **odd)), "--export", str(tmp_path / "b.pt")]) == 0
-    assert torch.load(tmp_path / "b.pt", weights_only=True)["settings"] == {"size": "1j", "5": [2]}
+    assert torch.load(tmp_path / "b.pt", weights_only=True)["settings"] == odd["settings"]
     for odd in ({"settings": 3}, {"made_by": []}, {"step": "x"}):
         assert (
             ev.main([str(write_model(tmp_path / "a.pt", **({"step": 5} | odd))), "--export", str(tmp_path / "c.pt")])
