@@ -23,7 +23,7 @@ from PIL import Image
 
 import image_files
 from atomic_write import atomic_write
-from command_line import Parser, UserError, run_command
+from command_line import Parser, UserError, new_file, run_command
 from drawn_faces import draw_face
 from packs import is_writable, pack, read_index
 from settings import add_flags
@@ -219,12 +219,10 @@ def show(argv=None):
     """Print what would be trained on, and write the report's figure 1, 3x5 random images of it."""
     parser = Parser("Show the images that Trainloop.py would train on: how many, how large, and 3x5 as a picture.")
     add_flags(parser, "data", "split", "crop", "cache", "workers", "size", "seed")
-    parser.add_argument("--out", type=Path, default=Path("dataset.png"), help="the picture to write")
+    out = new_file(".png", ".jpg", ".jpeg", ".webp")
+    parser.add_argument("--out", type=out, default="dataset.png", help="the picture to write")
     parser.add_argument("--download", action="store_true", help="first fetch CelebA into data/celeba")
     args = parser.parse_args(argv)
-    folder, is_picture = args.out.absolute().parent, args.out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
-    if not is_picture or args.out.is_dir() or not folder.is_dir() or not is_writable(folder):
-        raise UserError(f"--out {args.out}: not a picture (.png, .jpg or .webp) in a folder that can be written to")
     from torchvision.utils import save_image  # here, so that a training does without it
 
     if args.download:

@@ -61,14 +61,15 @@ def checked(kind, within=None):
 
 
 def new_file(*endings):
-    """Return the argparse type of a flag that names a file to write, in a folder that is there, with one of endings."""
+    """Return the argparse type of a flag that names a file to write, in a folder that takes it, with one of endings."""
 
     def read(text):
         path = filled_path(text)
         ending = path.suffix if ".pt" in endings else path.suffix.lower()  # models are found again by *.pt
-        if path.is_dir() or not path.absolute().parent.is_dir() or endings and ending not in endings:
+        folder, is_named_so = path.absolute().parent, not endings or ending in endings
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK) or not is_named_so:
             kind = f"a file that ends in {', '.join(endings)}" if endings else "a file"
-            raise argparse.ArgumentTypeError(f"{path}: name {kind}, in a folder that is there")
+            raise argparse.ArgumentTypeError(f"{path}: name {kind}, in a folder that can be written to")
         return path
 
     return read

@@ -255,7 +255,7 @@ def test_estimate_is_what_is_packed_and_nothing_is_larger_than_the_original(empt
 
 REFUSED = [
     ("--size 0", "--size"), ("--size 4294967296", "--size"), ("--seed -1", "--seed"), ("--workers -1", "--workers: -1"),
-    ("--out nowhere/a.png", "--out nowhere/a.png"), ("--out a.foo", "--out a.foo"), ("--data= ", "--data"),
+    ("--out nowhere/a.png", "--out: nowhere/a.png"), ("--out a.foo", "--out: a.foo"), ("--data= ", "--data"),
     ("--split val", "--split val: no list_eval_partition"), ("--data drawn --split val", "--split val"),
 ]  # fmt: skip
 
