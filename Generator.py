@@ -32,6 +32,17 @@ class Up(nn.Module):
         return self.norm(self.conv(x)).relu_()
 
 
+class NearestUp(Up):
+    """Up by nearest neighbours and a convolution, which leave no checkerboard (Odena et al. 2016)."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__(c_in, c_out)
+        self.conv = nn.Conv2d(c_in, c_out, kernel_size=3, padding=1, bias=False)
+
+    def forward(self, x):
+        return super().forward(upsample(x))
+
+
 class ResidualUp(nn.Module):
     """Double the resolution: (N, c_in, R/2, R/2) -> (N, c_out, R, R), by nearest neighbours and two convolutions.
 
@@ -70,19 +81,15 @@ class ModulatedNorm(nn.Module):
         return torch.addcmul(shift, self.norm(x), 1 + scale)
 
 
-class ModulatedUp(nn.Module):
-    """Double the resolution, the latent vector in hand: (N, c_in, R/2, R/2), (N, nz) -> (N, c_out, R, R).
+class ModulatedUp(ResidualUp):
+    """ResidualUp, the latent vector in hand: (N, c_in, R/2, R/2), (N, nz) -> (N, c_out, R, R).
 
-    Like ResidualUp, but with ModulatedNorm, and its first convolution at the lower resolution, a quarter of the cost.
+    It has ModulatedNorm, and its first convolution at the lower resolution, a quarter of the cost.
     """
 
     def __init__(self, c_in, c_out, nz):
-        super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, kernel_size=3, padding=1, bias=False)
-        self.norm1 = ModulatedNorm(c_out, nz)
-        self.conv2 = nn.Conv2d(c_out, c_out, kernel_size=3, padding=1, bias=False)
-        self.norm2 = ModulatedNorm(c_out, nz)
-        self.shortcut = nn.Conv2d(c_in, c_out, kernel_size=1)
+        super().__init__(c_in, c_out)
+        self.norm1, self.norm2 = ModulatedNorm(c_out, nz), ModulatedNorm(c_out, nz)
 
     def forward(self, x, z):
         y = self.norm1(self.conv1(x), z).relu_()  # (N, c_out, R/2, R/2)
@@ -120,7 +127,7 @@ def upsample(x):
     return nn.functional.interpolate(x, scale_factor=2, mode="nearest")
 
 
-BLOCKS = {"plain": Up, "residual": ResidualUp, "modulated": ModulatedUp}
+BLOCKS = {"plain": Up, "nearest": NearestUp, "residual": ResidualUp, "modulated": ModulatedUp}
 
 
 class Generator(nn.Module):

@@ -39,7 +39,7 @@ BUILT = []  # what the one way of this process consists of: step, load
 def plain_networks(settings, device):
     """Return (generator, critic, optim_g, optim_d): fp32, default memory format, torch's default Adam."""
     torch.manual_seed(settings.seed)
-    generator = Generator(settings.nz, settings.ngf, 3, settings.size, settings.stem_norm).to(device)
+    generator = Generator(settings.nz, settings.ngf, 3, settings.size, settings.stem_norm, settings.blocks_g).to(device)
     critic = Critic(settings.ndf, 3, settings.size, settings.norm).to(device)
     optim_g = torch.optim.Adam(generator.parameters(), lr=settings.lr_g, betas=tuple(settings.betas))
     optim_d = torch.optim.Adam(critic.parameters(), lr=settings.lr_d, betas=tuple(settings.betas))

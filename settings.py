@@ -72,8 +72,9 @@ class Settings:
     nz: int = setting(100, "length of the latent vector", "[1, 4096]")
     ngf: int = setting(64, "width of the generator: its channels at 64x64", "[1, 1024]")
     ndf: int = setting(64, "width of the pixel critic: its channels at 64x64", "[1, 1024]")
-    blocks_g: str = setting("plain", "the generator's. plain: the report's transposed convolutions; residual: two "
-        "resized ones; modulated: the same, steered by the latent", choices=list(BLOCKS))
+    blocks_g: str = setting("nearest", "the generator's. plain: the report's transposed convolutions; nearest: "
+        "repeated pixels and a convolution; residual: the same with two; modulated: and steered by the latent",
+        choices=list(BLOCKS))
     blocks_d: str = setting("plain", "the pixel critic's", choices=list(CRITIC_BLOCKS))
     stem_norm: bool = setting(True, "BatchNorm and ReLU after the generator's linear layer")
     norm: str = setting("layer", "the pixel critic's normalisation; batch only with --loss wgan", choices=list(NORMS))

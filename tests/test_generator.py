@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from Generator import SIZES, Attention, Generator, latent
+from Generator import BLOCKS, SIZES, Attention, Generator, latent
 
 
 @pytest.mark.parametrize("parts", [{"size": size} for size in SIZES] + [
-    {"blocks": "residual"}, {"blocks": "modulated"}, {"attention": 16}, {"blocks": "residual", "grown": True},
+    {"blocks": "nearest"}, {"blocks": "residual"}, {"blocks": "modulated"}, {"attention": 16},
+    {"blocks": "residual", "grown": True},
 ])  # fmt: skip
 def test_shape_range_and_config(parts):
     generator = Generator(**{"nz": 10, "ngf": 8, "size": 64} | parts)
@@ -60,7 +61,7 @@ def test_attention_weighs_the_values_by_the_softmax_of_query_times_key():
     torch.testing.assert_close(layer(x), x + 0.5 * layer.out(values).expand_as(x))
 
 
-@pytest.mark.parametrize("parts", [{}, {"blocks": "residual"}, {"blocks": "modulated"}, {"attention": 32}])
+@pytest.mark.parametrize("parts", [{}] + [{"blocks": blocks} for blocks in BLOCKS] + [{"attention": 32}])
 def test_a_grown_generator_starts_as_the_enlarged_smaller_one_and_ends_as_itself(parts):
     small, large = Generator(ngf=16, size=64, **parts), Generator(ngf=16, size=128, grown=True, **parts)
     missing, unexpected = large.load_state_dict(small.state_dict(), strict=False)
