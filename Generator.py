@@ -139,7 +139,8 @@ class Generator(nn.Module):
 
     nz: length of the latent vector.  ngf: channels at 64x64.  nc: colour channels.  size: pixels, one of SIZES.
     stem_norm: BatchNorm and ReLU after the linear layer; the report's slides have both, its published code neither.
-    blocks: one of BLOCKS.  attention: the resolution at which self-attention follows the block, 0 for none.
+    blocks: one of BLOCKS; the report's, as in older files, which do not name them.
+    attention: the resolution at which self-attention follows the block, 0 for none.
     grown: from a network of half the size, whose to_rgb it keeps. The buffer `fade` blends the two (Karras et al. 2018,
     figure 2): 0 gives the smaller network's image with each pixel doubled, 1 its own.
 
