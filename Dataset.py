@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 
 import image_files
-from atomic_write import atomic_write
+from atomic_write import atomic_write, is_writable
 from command_line import Parser, UserError, new_file, run_command
 from drawn_faces import draw_face
-from packs import is_writable, pack, read_index
+from packs import pack, read_index
 from settings import add_flags
 
 DATA = Path(__file__).resolve().parent / "data"  # where --download puts CelebA

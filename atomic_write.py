@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import uuid
 from pathlib import Path
@@ -13,6 +14,15 @@ try:
     import fcntl
 except ImportError:  # Windows, which has no such locks: there nothing is swept
     fcntl = None
+
+
+def is_writable(folder):
+    """Make a folder where it is missing, and return whether files can be written there."""
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder.stat().st_mode & 0o222 != 0  # root could write where it is marked read-only, but should not
+    return False
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
+from atomic_write import is_writable
+
 OUT_OF_MEMORY = "out of memory|enough memory|allocate memory|ALLOC_FAILED"  # CUDA, CPU, cuDNN and cuBLAS
 
 
@@ -67,7 +69,7 @@ def new_file(*endings):
         path = filled_path(text)
         ending = path.suffix if ".pt" in endings else path.suffix.lower()  # models are found again by *.pt
         folder, is_named_so = path.absolute().parent, not endings or ending in endings
-        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK) or not is_named_so:
+        if path.is_dir() or not folder.is_dir() or not is_writable(folder) or not is_named_so:
             kind = f"a file that ends in {', '.join(endings)}" if endings else "a file"
             raise argparse.ArgumentTypeError(f"{path}: name {kind}, in a folder that can be written to")
         return path

@@ -153,7 +153,7 @@ def choose_best(rows, metric):
 
 
 def lean(file, name):
-    """Return the dict of the model file `name` as it is shared: its generator, in half the bytes, with plain settings.
+    """Return the dict of the model file `name` as it is shared: its generator in half the bytes, no PRIVATE settings.
 
     Matrices and kernels become float16, which moves no pixel by more than a grey level. Vectors stay: BatchNorm's
     statistics are among them, whose range is unbounded. Raises UserError for what cannot be loaded.

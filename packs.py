@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
@@ -15,15 +14,6 @@ from command_line import UserError
 from image_files import counts, printable, reason_of
 
 MOST_BROKEN = 0.05  # share of unreadable images above which the data itself is wrong
-
-
-def is_writable(folder):
-    """Make a folder where it is missing, and return whether files can be written there."""
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder.stat().st_mode & 0o222 != 0  # root could write where it is marked read-only, but should not
-    return False
 
 
 def read_index(file):
