@@ -35,7 +35,7 @@ OLD_NAMES = {"lipschitz": ["loss"], "gp": ["gp_weight"], "clip": ["clip_value"],
 OLD_LOSSES = {"gp": "wgan-gp", "clip": "wgan"}
 # With what a checkpoint was trained that is from before these settings came.
 BEFORE = {"blocks_g": "plain", "blocks_d": "plain", "attention": 0, "grow_from": None, "start_from": None,
-          "fade_steps": 2000, "augment": [], "critic": "pixel", "projected_share": 0.5}  # fmt: skip
+          "fade_steps": 2000, "augment": [], "critic": "pixel", "projected_share": 0.5, "warmup_steps": 0}  # fmt: skip
 
 
 def setting(default, help, within=None, resume="frozen", group=None, **flag):
@@ -95,6 +95,8 @@ class Settings:
     lr_d: float = setting(4e-4, "learning rate of the pixel critic", "(0, inf)")
     ema: float = setting(0.999, "decay of the moving average of the generator's weights; 0: none", "[0, 1)")
     fade_steps: int = setting(2000, "steps over which the blocks of --grow-from are faded in", "[0, 1e12]")
+    warmup_steps: int = setting(0, "steps at the start in which the critics alone learn, beside a generator that "
+        "--start-from brings without them", "[0, 1e12]")
     precision: str = setting("auto", "auto: bf16 where the device is faster in it", choices=["auto", "fp32", "bf16"])
     seed: int = setting(0, "chooses initial weights, order of the images, latents and flips", "[0, 4294967295]")
     out: str = setting(None, "the run's folder, else a new one in runs/", resume="anew", group="run", metavar="DIR")

@@ -102,8 +102,13 @@ def update_ema(ema, network, decay):
             counter.copy_(other)
 
 
-def set_fade(state, settings):
-    """Set how far the newest blocks are faded in at the step that comes: 0 at the first, 1 after --fade-steps."""
+def set_schedule(state, settings):
+    """Set what follows from the number of the step that comes.
+
+    The fade of grown networks' newest blocks is 0 at the first step, 1 after --fade-steps; the generator's learning
+    rate is 0 before --warmup-steps.
+    """
+    state.optim_g.param_groups[0]["lr"] = settings.lr_g if state.step >= settings.warmup_steps else 0.0
     fade = min(1.0, state.step / settings.fade_steps) if settings.fade_steps else 1.0
     for network in (state.generator, state.critic, state.ema):
         if network is not None and network.fade is not None:
@@ -118,7 +123,7 @@ def train_step(state, settings, dataset, device):
     share = share_of_batch(settings.batch_size)
     noise = draw_noise(settings, state.step)  # of the whole batch, so that it is the same on any number of ranks
     noise = {name: values[:, share].to(device, non_blocking=True) for name, values in noise.items()}
-    set_fade(state, settings)
+    set_schedule(state, settings)
 
     def generate(z):
         with autocast(settings, device):

@@ -24,7 +24,7 @@ from drawn_faces import draw_face
 from Generator import Generator
 from run_folder import list_checkpoints, telling_what_is_kept
 from training_state import build_state, check_checkpoint, read_settings, take_over
-from training_step import critic_step, draw_noise, generator_step, set_fade, train_step, update_ema
+from training_step import critic_step, draw_noise, generator_step, set_schedule, train_step, update_ema
 from Trainloop import main
 
 ROOT = Path(__file__).parent.parent
@@ -229,7 +229,7 @@ def test_growing_takes_over_the_smaller_networks_and_fades_the_new_blocks_in(tin
     state, file = build_state(settings, CPU), read_model_file(small)
     take_over(state, file, small)
     z = torch.randn(2, 100)
-    set_fade(state, settings)
+    set_schedule(state, settings)
     enlarged = load_generator(small)(z).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     torch.testing.assert_close(state.ema(z), enlarged, rtol=0, atol=1e-6)  # two networks need not sum in one order
     assert equal(state.critic.head.state_dict()["weight"], file["critic"]["state"]["head.weight"])
@@ -251,6 +251,15 @@ def test_growing_takes_over_the_smaller_networks_and_fades_the_new_blocks_in(tin
     (tmp_path / small).unlink()  # a resume has no need of it
     assert go_on("--resume", "large/checkpoint_000002.pt", "--steps", 7, "--out", "parts") == 0
     assert_equal_files("large/checkpoint_000007.pt", "parts/checkpoint_000007.pt")
+
+
+def test_warmup_trains_the_critics_alone(tiny, tmp_path):
+    assert tiny("--steps", 3, "--warmup-steps", 2, "--checkpoint-every", 1, "--keep", 3, "--out", "run") == 0
+    one, two, three = (read_model_file(f"run/checkpoint_00000{step}.pt") for step in (1, 2, 3))
+    key = "linear.weight"
+    assert equal(one["generator"]["state"][key], two["generator"]["state"][key])
+    assert not equal(two["generator"]["state"][key], three["generator"]["state"][key])
+    assert not equal(one["critic"]["state"], two["critic"]["state"])
 
 
 def test_a_file_tells_all_commands_that_made_it_without_their_folders(tiny, tmp_path, monkeypatch):
