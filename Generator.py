@@ -141,17 +141,22 @@ class Generator(nn.Module):
     stem_norm: BatchNorm and ReLU after the linear layer; the report's slides have both, its published code neither.
     blocks: one of BLOCKS; the report's, as in older files, which do not name them.
     attention: the resolution at which self-attention follows the block, 0 for none.
-    grown: from a network of half the size, whose to_rgb it keeps. The buffer `fade` blends the two (Karras et al. 2018,
-    figure 2): 0 gives the smaller network's image with each pixel doubled, 1 its own.
+    skip: each resolution from this one on adds to the image before it, enlarged, what that cannot show, as in a
+    Laplacian pyramid (Denton et al. 2015). All but the first start at zero, so that a grown network starts with the
+    image of the smaller one, and its colours stay. 0: the image is that of the last resolution alone.
+    grown: as earlier versions grew it, from a network of half the size. The buffer `fade` blends the two images (Karras
+    et al. 2018, figure 2): 0 gives the smaller one with each pixel doubled, 1 its own.
 
     Raises UserError for a size, width or resolution that cannot be built.
     """
 
-    def __init__(self, nz=100, ngf=64, nc=3, size=128, stem_norm=True, blocks="plain", attention=0, grown=False):
+    def __init__(
+        self, nz=100, ngf=64, nc=3, size=128, stem_norm=True, blocks="plain", attention=0, grown=False, skip=0
+    ):
         super().__init__()
         self.config = {"nz": nz, "ngf": ngf, "nc": nc, "size": size, "stem_norm": stem_norm, "blocks": blocks,
-                       "attention": attention, "grown": grown}  # fmt: skip
-        check_shape("--ngf", ngf, size, attention, grown)
+                       "attention": attention, "grown": grown, "skip": skip}  # fmt: skip
+        check_shape("--ngf", ngf, size, attention, grown, skip)
         self.nz, self.size, self.modulated = nz, size, blocks == "modulated"
 
         self.linear = nn.Linear(nz, STEM_WIDTH * 4 * 4)
@@ -162,8 +167,12 @@ class Generator(nn.Module):
             channels = width[resolution // 2], width[resolution]
             self.up[str(resolution)] = ModulatedUp(*channels, nz) if self.modulated else BLOCKS[blocks](*channels)
         self.attention = nn.ModuleDict({str(attention): Attention(width[attention])} if attention else {})
-        rgb_sizes = [size // 2, size] if grown else [size]
+        first = skip or (size // 2 if grown else size)
+        rgb_sizes = [r for r in width if r >= first]
         self.to_rgb = nn.ModuleDict({str(r): nn.Conv2d(width[r], nc, kernel_size=3, padding=1) for r in rgb_sizes})
+        for resolution in rgb_sizes[1:] if skip else []:
+            nn.init.zeros_(self.to_rgb[str(resolution)].weight)
+            nn.init.zeros_(self.to_rgb[str(resolution)].bias)
         self.register_buffer("fade", torch.ones(()) if grown else None)
 
     def forward(self, z):
@@ -171,16 +180,20 @@ class Generator(nn.Module):
         x = x.view(-1, STEM_WIDTH, 4, 4)  # (N, 512, 4, 4)
         if self.stem_norm is not None:
             x = self.stem_norm(x).relu_()
+        image = None
         for resolution, block in self.up.items():
-            before, x = x, block(x, z) if self.modulated else block(x)  # (N, c, R/2, R/2) -> (N, ngf*64/R, R, R)
+            x = block(x, z) if self.modulated else block(x)  # (N, c, R/2, R/2) -> (N, ngf*64/R, R, R)
             if resolution in self.attention:
                 x = self.attention[resolution](x)
-        # Blend and Tanh in fp32, also under autocast: near -1 and 1 bf16 has no room for 256 grey levels.
-        x = self.to_rgb[str(self.size)](x).float()  # (N, nc, size, size)
-        if self.fade is not None:
-            small = self.to_rgb[str(self.size // 2)](before).float()  # (N, nc, size/2, size/2)
-            x = torch.lerp(upsample(small), x, self.fade)
-        return x.tanh()
+            if resolution in self.to_rgb:
+                # Sum, blend and Tanh in fp32, also under autocast: near -1 and 1 bf16 has no room for 256 grey levels.
+                small, image = image, self.to_rgb[resolution](x).float()  # (N, nc, R/2, R/2), (N, nc, R, R)
+                if small is not None and self.fade is None:
+                    small = small - nn.functional.avg_pool2d(image, 2)
+                    image = image + nn.functional.interpolate(small, scale_factor=2, mode="bilinear")
+                elif small is not None:
+                    image = torch.lerp(upsample(small), image, self.fade)
+        return image.tanh()  # (N, nc, size, size)
 
 
 def to_uint8(images):
@@ -188,14 +201,15 @@ def to_uint8(images):
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def check_shape(flag, width, size, attention, grown):
-    """Raise UserError unless a network of `size` pixels can have this width, and attention, and be grown."""
+def check_shape(flag, width, size, attention, grown, skip=0):
+    """Raise UserError unless a network of `size` pixels can have this width, attention and skip, and be grown."""
     if size not in SIZES:
         raise UserError(f"--size {size}: choose one of {', '.join(map(str, SIZES))}")
     if width < 1 or width * 64 < size:
         raise UserError(f"{flag} {width}: too narrow for --size {size}, use at least {max(1, size // 64)}")
     resolutions = [r for r in (8, 16, *SIZES) if r < size]  # the critic has no features at `size` itself
-    if attention not in (0, *resolutions):
-        raise UserError(f"--attention {attention}: choose 0 (none), {', '.join(map(str, resolutions))}")
+    for name, value in (("--attention", attention), ("--skip", skip)):
+        if value not in (0, *resolutions):
+            raise UserError(f"{name} {value}: choose 0 (none), {', '.join(map(str, resolutions))}")
     if grown and size == SIZES[0]:
         raise UserError(f"--size {size}: the smallest size cannot be grown from another one")

@@ -7,6 +7,7 @@ On several GPUs, or machines: torchrun --nproc-per-node 8 Trainloop.py --data im
 """
 
 import contextlib
+import copy
 import os
 import platform
 import shlex
@@ -85,11 +86,9 @@ def write_samples(writer, state, settings, real, out):
     """Write the faces of seeds 0 .. SAMPLES-1 and real images to TensorBoard, the faces also to samples.png."""
     from torchvision.utils import make_grid, save_image
 
-    network = state.ema or state.generator
+    network = (state.ema or copy.deepcopy(state.generator)).eval()
     z = torch.stack([latent(seed, settings.nz) for seed in range(SAMPLES)]).to(real.device)  # (SAMPLES, nz)
-    network.eval()
     grids = {"generated": network(z), "real": real[:SAMPLES]}
-    network.train(network is state.generator)
     for name, images in grids.items():
         grids[name] = make_grid(to_uint8(images).cpu(), nrow=8, padding=2, pad_value=255)  # (3, H, W)
         writer.add_image(f"samples/{name}", grids[name], state.step)
@@ -195,7 +194,7 @@ def start(settings, device, dataset, checkpoint, path):
         print(f"Going on from step {state.step:,} of {path}.")
     elif source := settings.grow_from or settings.start_from:
         checkpoint = read_model_file(source)
-        take_over(state, checkpoint, source)
+        take_over(state, checkpoint, source, settings.freeze_g)
     made_by = describe_run(dataset, checkpoint or {})
     if checkpoint:
         checkpoint.clear()  # or its tensors would stay in memory for all of the run

@@ -35,7 +35,8 @@ OLD_NAMES = {"lipschitz": ["loss"], "gp": ["gp_weight"], "clip": ["clip_value"],
 OLD_LOSSES = {"gp": "wgan-gp", "clip": "wgan"}
 # With what a checkpoint was trained that is from before these settings came.
 BEFORE = {"blocks_g": "plain", "blocks_d": "plain", "attention": 0, "grow_from": None, "start_from": None,
-          "fade_steps": 2000, "augment": [], "critic": "pixel", "projected_share": 0.5, "warmup_steps": 0}  # fmt: skip
+          "fade_steps": 2000, "augment": [], "critic": "pixel", "projected_share": 0.5, "warmup_steps": 0,
+          "skip": 0, "freeze_g": 0}  # fmt: skip
 
 
 def setting(default, help, within=None, resume="frozen", group=None, **flag):
@@ -55,8 +56,8 @@ class Settings:
         "wins", resume="anew", group="start", choices=list(PRESETS))
     resume: str = setting(None, "go on from a checkpoint or run folder; latest: the newest in --out or, without it, in "
         "runs/; auto: the same where there is one, else start", resume="anew", metavar="PATH|latest|auto")
-    grow_from: str = setting(None, "checkpoint of half the --size: a new run from step 0 with its networks, each grown "
-        "by a block", metavar="PATH")
+    grow_from: str = setting(None, "checkpoint of half the --size (with --critic projected a generator will do): a new "
+        "run from step 0 with its networks, each grown by a block", metavar="PATH")
     start_from: str = setting(None, "model to adapt to other images: a new run from step 0 with its networks, not a "
         f"resume; turns on --augment {' '.join(START_FROM['augment'])} unless --augment is given", metavar="PATH")
     data: list[str] = setting(None, "zips or folders of images, or 'drawn' for the built-in drawn faces; without it "
@@ -79,6 +80,8 @@ class Settings:
     stem_norm: bool = setting(True, "BatchNorm and ReLU after the generator's linear layer")
     norm: str = setting("layer", "the pixel critic's normalisation; batch only with --loss wgan", choices=list(NORMS))
     attention: int = setting(0, "resolution of self-attention in generator and pixel critic; 0: none", metavar="R")
+    skip: int = setting(0, "resolution from which on the generator sums images of all resolutions; 0: the last alone. "
+        "--grow-from sets it", metavar="R")
     critic: str = setting("pixel", "projected: sees features of a pretrained network (needs timm), and learns by "
         f"Adam, rate {HEADS['lr']}, betas {HEADS['betas']}, whatever flags say; both: that and the pixel critic",
         resume="free", choices=["pixel", "projected", "both"])
@@ -94,9 +97,11 @@ class Settings:
     lr_g: float = setting(2e-4, "learning rate of the generator", "(0, inf)")
     lr_d: float = setting(4e-4, "learning rate of the pixel critic", "(0, inf)")
     ema: float = setting(0.999, "decay of the moving average of the generator's weights; 0: none", "[0, 1)")
-    fade_steps: int = setting(2000, "steps over which the blocks of --grow-from are faded in", "[0, 1e12]")
-    warmup_steps: int = setting(0, "steps at the start in which the critics alone learn, beside a generator that "
-        "--start-from brings without them", "[0, 1e12]")
+    fade_steps: int = setting(2000, "steps over which the pixel critic's block of --grow-from is faded in", "[0, 1e12]")
+    freeze_g: int = setting(0, "resolution up to which a generator of --grow-from or --start-from stays as it is, so "
+        "that its larger blocks alone learn; 0: all learn", "[0, 256]", metavar="R")
+    warmup_steps: int = setting(0, "steps at the start in which the critics alone learn, for a generator that is "
+        "good already", "[0, 1e12]")
     precision: str = setting("auto", "auto: bf16 where the device is faster in it", choices=["auto", "fp32", "bf16"])
     seed: int = setting(0, "chooses initial weights, order of the images, latents and flips", "[0, 4294967295]")
     out: str = setting(None, "the run's folder, else a new one in runs/", resume="anew", group="run", metavar="DIR")
@@ -202,10 +207,15 @@ def combine(given, path=None, saved=None, architecture=None):
 
 def check_together(settings):
     """Raise UserError, naming the flag, for settings that are possible by themselves but not together."""
+    grown = settings.grow_from
     for name in ("ngf", "ndf"):
-        check_shape(flag(name), getattr(settings, name), settings.size, settings.attention, settings.grow_from)
+        width = getattr(settings, name)
+        check_shape(flag(name), width, settings.size, settings.attention, grown, settings.skip)
     if settings.loss == "wgan-gp" and settings.norm == "batch":
         raise UserError("--norm batch: the gradient penalty is about each image alone, and BatchNorm makes every score "
                         "depend on the whole batch; use --norm layer or none, or --loss wgan")  # fmt: skip
+    if settings.freeze_g and (settings.freeze_g >= settings.size or not (grown or settings.start_from)):
+        raise UserError(f"--freeze-g {settings.freeze_g}: choose less than --size {settings.size}, with --grow-from "
+                        "or --start-from")  # fmt: skip
     if settings.grow_from and settings.start_from:
         raise UserError("--start-from: a run starts from one model; leave out --grow-from")

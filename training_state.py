@@ -41,7 +41,8 @@ def build_state(settings, device):
     """
     torch.manual_seed(settings.seed)
     s, grown = settings, bool(settings.grow_from)
-    generator = Generator(s.nz, s.ngf, 3, s.size, s.stem_norm, s.blocks_g, s.attention, grown)
+    lerped = grown and not s.skip  # as earlier versions grew it
+    generator = Generator(s.nz, s.ngf, 3, s.size, s.stem_norm, s.blocks_g, s.attention, lerped, s.skip)
     critic = projected = None
     if s.critic != "projected":
         critic = Critic(s.ndf, 3, s.size, s.norm, s.blocks_d, s.attention, grown)
@@ -50,13 +51,20 @@ def build_state(settings, device):
     for network in filter(None, (generator, critic, projected)):
         network.to(device, memory_format=torch.channels_last)
         normalise_over_ranks(network)
+    if s.freeze_g:
+        generator.requires_grad_(False).eval()  # with statistics of a batch its image would be another one
+        for blocks in (generator.up, generator.attention, generator.to_rgb):
+            for resolution, block in blocks.items():
+                if int(resolution) > s.freeze_g:
+                    block.requires_grad_(True).train()
     ema = copy.deepcopy(generator).eval().requires_grad_(False) if s.ema else None
     fused = torch.device(device).type in ("cpu", "cuda")
 
     def optimizer(network, lr):
+        parameters = [p for p in network.parameters() if p.requires_grad] if network else []
         if network and s.optimizer == "rmsprop":
-            return torch.optim.RMSprop(network.parameters(), lr, foreach=True)
-        return network and torch.optim.Adam(network.parameters(), lr, tuple(s.betas), fused=fused)
+            return torch.optim.RMSprop(parameters, lr, foreach=True)
+        return network and torch.optim.Adam(parameters, lr, tuple(s.betas), fused=fused)
 
     heads = projected and torch.optim.Adam(projected.heads.parameters(), **HEADS, fused=fused)
     return State(generator, ema, critic, projected, optimizer(generator, s.lr_g), optimizer(critic, s.lr_d), heads)
@@ -123,12 +131,15 @@ def read_settings(argv=None):
     if file:
         return combine(given, path, saved_settings(file["settings"], path)), file, path
     source = given.get("grow_from") or given.get("start_from")
-    return combine(given, architecture=source and architecture_of(source, "grow_from" in given)), None, None
+    return combine(given, architecture=source and architecture_of(source, given)), None, None
 
 
-def architecture_of(path, grows):
-    """Return the settings that the file of --start-from decides, or of --grow-from: its own at twice the size."""
-    file = read_model_file(path)
+def architecture_of(path, given):
+    """Return the settings that the file of --start-from decides, or of --grow-from: its own at twice the size.
+
+    given: {name: value} of the flags.
+    """
+    file, grows = read_model_file(path), "grow_from" in given
     for name, kind in zip(NETWORKS, (Generator, Critic, ProjectedCritic), strict=True):
         if file.get(name):
             check_network(kind, file[name], f"{path}: {name}")
@@ -136,22 +147,26 @@ def architecture_of(path, grows):
     ours, theirs = file["generator"]["config"], (file.get("critic") or {}).get("config")
     config = (theirs or {}) | ours | {"blocks_g": ours.get("blocks", "plain")}
     config |= {"blocks_d": theirs.get("blocks", "plain")} if theirs else {}
-    if grows and not theirs:
-        raise UserError(f"--grow-from {path}: holds no critic; take a checkpoint_*.pt")
-    if grows and file["generator"]["state"].get("fade", 1) < 1:
+    if grows and not theirs and given.get("critic") != "projected":
+        raise UserError(f"--grow-from {path}: holds no pixel critic; take a checkpoint_*.pt, or --critic projected")
+    if grows and any(file[name]["state"].get("fade", 1) < 1 for name in NETWORKS if file.get(name)):
         raise UserError(f"--grow-from {path}: is itself still fading in; train it beyond its --fade-steps first")
     if grows:
+        config["skip"] = config.get("skip") or config["size"]
         config["size"] *= 2
-    names = ("size", "nz", "ngf", "ndf", "blocks_g", "blocks_d", "stem_norm", "norm", "attention")
+    names = ("size", "skip", "nz", "ngf", "ndf", "blocks_g", "blocks_d", "stem_norm", "norm", "attention")
     return {name: config[name] for name in names if name in config}
 
 
-def take_over(state, file, path):
+def take_over(state, file, path, freeze_g=0):
     """Load the networks of a model file into a new State, whose blocks of a larger size stay new.
 
-    Raises UserError where the networks do not fit.
+    freeze_g: as the setting; what stays as it is shall be the file's average. Raises UserError where the networks do
+    not fit.
     """
     states = {name: file[name]["state"] for name in NETWORKS if file.get(name)} | {"ema": weights_of(file)}
+    if freeze_g:
+        states["generator"] = states["ema"]
     if state.projected and "projected" in states and file["projected"]["config"] != state.projected.config:
         del states["projected"]  # it grows with the images
     for name, weights in states.items():

@@ -105,7 +105,7 @@ def update_ema(ema, network, decay):
 def set_schedule(state, settings):
     """Set what follows from the number of the step that comes.
 
-    The fade of grown networks' newest blocks is 0 at the first step, 1 after --fade-steps; the generator's learning
+    The fade of a grown network's newest block is 0 at the first step, 1 after --fade-steps; the generator's learning
     rate is 0 before --warmup-steps.
     """
     state.optim_g.param_groups[0]["lr"] = settings.lr_g if state.step >= settings.warmup_steps else 0.0

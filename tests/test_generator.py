@@ -61,6 +61,20 @@ def test_attention_weighs_the_values_by_the_softmax_of_query_times_key():
     torch.testing.assert_close(layer(x), x + 0.5 * layer.out(values).expand_as(x))
 
 
+def test_a_generator_with_skip_starts_as_the_enlarged_smaller_one_and_adds_what_the_larger_blocks_draw():
+    small, large = Generator(ngf=8, size=64).eval(), Generator(ngf=8, size=256, skip=64).eval()
+    missing, unexpected = large.load_state_dict(small.state_dict(), strict=False)
+    assert not unexpected and {key.split(".")[1] for key in missing} == {"128", "256"}
+    z = torch.randn(3, 100)
+    image = nn.functional.interpolate(small(z).atanh(), scale_factor=2, mode="bilinear")  # (3, 3, 128, 128)
+    image = nn.functional.interpolate(image, scale_factor=2, mode="bilinear")  # (3, 3, 256, 256), before the Tanh
+    torch.testing.assert_close(large(z), image.tanh(), rtol=0, atol=1e-5)
+    large.to_rgb["128"].bias.data.fill_(0.5)  # a colour is nothing that the smaller image could not show
+    torch.testing.assert_close(large(z), image.tanh(), rtol=0, atol=1e-5)
+    nn.init.normal_(large.to_rgb["256"].weight)
+    assert not torch.allclose(large(z), image.tanh(), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("parts", [{}] + [{"blocks": blocks} for blocks in BLOCKS] + [{"attention": 32}])
 def test_a_grown_generator_starts_as_the_enlarged_smaller_one_and_ends_as_itself(parts):
     small, large = Generator(ngf=16, size=64, **parts), Generator(ngf=16, size=128, grown=True, **parts)
@@ -81,6 +95,7 @@ def test_a_grown_generator_starts_as_the_enlarged_smaller_one_and_ends_as_itself
 def test_impossible_networks_are_refused():
     for arguments, word in (({"attention": 128}, "--attention 128"), ({"attention": 5}, "--attention 5"),
                             ({"size": 32, "grown": True}, "--size 32"), ({"size": 100}, "--size 100"),
+                            ({"skip": 128}, "--skip 128"),
                             ({"ngf": 0}, "--ngf 0"), ({"ngf": 4, "size": 512}, "--ngf 4")):  # fmt: skip
         with pytest.raises(ValueError, match=word):
             Generator(**arguments)

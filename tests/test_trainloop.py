@@ -142,6 +142,7 @@ def test_a_flag_beside_a_preset_wins_and_old_names_still_count():
     ("--data drawn --split train", "--split train: no list"),
     ("--data=", "--data.*empty"), ("--out=", "--out.*empty"), ("--resume=", "--resume.*empty"),
     ("--cache=", "--cache.*empty"), ("--grow-from=", "--grow-from.*empty"),
+    ("--freeze-g 16", "--freeze-g 16: .*--grow-from"), ("--skip 5", "--skip 5"),
 ])  # fmt: skip
 def test_impossible_settings_are_one_line_and_status_2(flags, words, monkeypatch, tmp_path, error):
     monkeypatch.chdir(tmp_path)
@@ -230,7 +231,7 @@ def test_growing_takes_over_the_smaller_networks_and_fades_the_new_blocks_in(tin
     take_over(state, file, small)
     z = torch.randn(2, 100)
     set_schedule(state, settings)
-    enlarged = load_generator(small)(z).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    enlarged = torch.nn.functional.interpolate(load_generator(small)(z).atanh(), scale_factor=2, mode="bilinear").tanh()
     torch.testing.assert_close(state.ema(z), enlarged, rtol=0, atol=1e-6)  # two networks need not sum in one order
     assert equal(state.critic.head.state_dict()["weight"], file["critic"]["state"]["head.weight"])
     random = state.ema.up["64"].conv.weight.clone()
@@ -244,13 +245,37 @@ def test_growing_takes_over_the_smaller_networks_and_fades_the_new_blocks_in(tin
     assert tiny(*grow, "--steps", 7, "--keep", 9) == 0
     for step, fade in ((1, 0.0), (2, 0.25), (4, 0.75), (5, 1.0), (7, 1.0)):  # as it was in the step before
         file = read_model_file(tmp_path / f"large/checkpoint_{step:06d}.pt")
-        parts = file["generator"]["state"], file["critic"]["state"], file["ema"]
-        assert [part["fade"].item() for part in parts] == [fade] * 3
+        assert file["critic"]["state"]["fade"].item() == fade
     assert go_on("--grow-from", "large/checkpoint_000002.pt", "--steps", 1) == 2
     assert "still fading" in error()
     (tmp_path / small).unlink()  # a resume has no need of it
     assert go_on("--resume", "large/checkpoint_000002.pt", "--steps", 7, "--out", "parts") == 0
     assert_equal_files("large/checkpoint_000007.pt", "parts/checkpoint_000007.pt")
+
+
+def test_a_run_of_an_earlier_version_goes_on_to_fade_its_grown_generator_in():
+    settings = settings_of("--size=64", "--fade-steps=4")
+    settings.grow_from = "small.pt"  # and no skip, as in what earlier versions saved
+    state = build_state(settings, CPU)
+    state.step = 1
+    set_schedule(state, settings)
+    assert [network.fade.item() for network in (state.generator, state.critic, state.ema)] == [0.25] * 3
+
+
+def test_freeze_g_trains_the_larger_blocks_alone_beside_the_average_of_the_others(tiny, tmp_path):
+    assert tiny("--steps", 3, "--out", "small") == 0
+    grow = ["--grow-from", "small/checkpoint_000003.pt", "--size", 64, "--freeze-g", 32]
+    assert tiny(*grow, "--sample-every", 1, "--ema", 0, "--steps", 2, "--out", "large") == 0
+    assert go_on("--resume", "large", "--steps", 4) == 0
+    small, large = read_model_file("small/checkpoint_000003.pt"), read_model_file("large/checkpoint_000004.pt")
+    state = large["generator"]["state"]
+    assert equal(small["ema"], {key: state[key] for key in small["ema"]})
+    assert state["to_rgb.64.weight"].count_nonzero() and state["up.64.norm.running_mean"].count_nonzero()
+    assert len(large["optim_g"]["state"]) == 5  # convolution, scale and shift; weight and bias of to_rgb
+    assert tiny("--start-from", "small/generator_000003.pt", "--freeze-g", 16, "--steps", 1, "--out", "other") == 0
+    state = read_model_file("other/checkpoint_000001.pt")["generator"]["state"]
+    changed = {key.rpartition(".")[0] for key in small["ema"] if not equal(small["ema"][key], state[key])}
+    assert changed == {"up.32.conv", "up.32.norm", "to_rgb.32"}
 
 
 def test_warmup_trains_the_critics_alone(tiny, tmp_path):
@@ -298,7 +323,7 @@ def test_what_cannot_be_grown_is_refused_in_one_line(tiny, error, capsys):
     assert tiny("--steps", 1, "--out", "small") == 0
     capsys.readouterr()
     for flags, words in (
-        ("--grow-from small/generator_000001.pt --size 64", "holds no critic"),
+        ("--grow-from small/generator_000001.pt --size 64", "holds no pixel critic"),
         ("--grow-from small/checkpoint_000001.pt", "--size 32.*--size 64"),
         ("--grow-from small/checkpoint_000001.pt --size 64 --ngf 16", "--ngf 16.*--ngf 8"),
         ("--start-from small/checkpoint_000001.pt --size 64", "--size 64.*--size 32"),
