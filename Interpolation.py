@@ -27,7 +27,7 @@ from photos import crop_of, photo_names, tune_for, tuned_latents
 from run_folder import newest_run
 from settings import add_flags, checked
 
-SHIPPED = Path(__file__).parent / "bests/generator_128.pt"
+SHIPPED = Path(__file__).parent / "bests/generator_256.pt"
 SEEDS = [2, 7, 43, 30]  # four different people of the shipped model, chosen by eye
 BATCH_ROWS = 2048  # faces computed at once x their height, 16 at 128 px: more is hardly faster and takes memory
 EVEN = 1.02  # the perceptual pace is even enough when the largest step is this many times the median
