@@ -80,8 +80,8 @@ class Settings:
     stem_norm: bool = setting(True, "BatchNorm and ReLU after the generator's linear layer")
     norm: str = setting("layer", "the pixel critic's normalisation; batch only with --loss wgan", choices=list(NORMS))
     attention: int = setting(0, "resolution of self-attention in generator and pixel critic; 0: none", metavar="R")
-    skip: int = setting(0, "resolution from which on the generator sums images of all resolutions; 0: the last alone. "
-        "--grow-from sets it", metavar="R")
+    skip: int = setting(0, "resolution from which on each block of the generator adds detail to one image; 0: the last "
+        "block draws it. --grow-from sets it", metavar="R")
     critic: str = setting("pixel", "projected: sees features of a pretrained network (needs timm), and learns by "
         f"Adam, rate {HEADS['lr']}, betas {HEADS['betas']}, whatever flags say; both: that and the pixel critic",
         resume="free", choices=["pixel", "projected", "both"])
