@@ -32,7 +32,7 @@ class Noise:
 def test_both_ways_do_the_same_mathematics(loss, norm):
     # With plain blocks it takes the most steps until a rounding crosses a ReLU and grows.
     shared = {"size": 32, "ngf": 8, "ndf": 8, "batch_size": 4, "precision": "fp32", "blocks_g": "plain"}
-    settings = Settings(loss=loss, norm=norm, clip_value=0.1, ema=0.0, flip=False, **shared)
+    settings = Settings(loss=loss, norm=norm, clip_value=0.1, ema=0.0, flip=False, lr_g=0.01, **shared)
     state = build_state(settings, CPU)
     generator, critic, *optimizers = plain_networks(settings, CPU)
     for ours, plain in zip((state.optim_g, state.optim_d), optimizers, strict=True):

