@@ -103,7 +103,7 @@ def test_two_ranks_train_as_one_process_does(runs):
     Only for the first steps: Adam divides a gradient by its own size, so where that is near nothing rounding alone
     moves a weight, and a pixel that comes to the other side of a ReLU is no longer rounding. In one process, too,
     ten steps are 2e-5 apart if the first weights are multiplied by 1 + 1.2e-7. How soon that begins depends on the
-    processor: on one with AVX2 alone five steps were 1e-5 apart, and losses of the tenth some hundredths.
+    processor: on one with AVX2 alone five steps were 1e-5 apart, and losses of the fourth some hundredths.
     """
     single, double, _ = runs
     assert_same_training(single, double, step=2)
@@ -111,8 +111,8 @@ def test_two_ranks_train_as_one_process_does(runs):
                 "generator/gradient_norm"):  # fmt: skip
         one, other = scalars(single, tag), scalars(double, tag)
         assert list(one) == list(other) == list(range(1, 11))
-        assert [other[step] for step in (1, 2)] == pytest.approx([one[step] for step in (1, 2)], rel=2e-3, abs=1e-6)
-        assert list(other.values()) == pytest.approx(list(one.values()), rel=1e-1, abs=1e-6)
+        assert other[1] == pytest.approx(one[1], rel=1e-3, abs=1e-6)
+        assert [other[step] for step in (2, 3)] == pytest.approx([one[step] for step in (2, 3)], rel=2e-2, abs=1e-6)
 
 
 def test_only_rank_0_writes(runs):
