@@ -20,7 +20,7 @@ PRESETS = {
         "batch_size": 32, "optimizer": "adam", "lr_g": 5e-5, "lr_d": 5e-5, "betas": [0.9, 0.999], "ema": 0.0,
         "precision": "fp32", "steps": 3_924_000, "log_every": 50, "checkpoint_every": 6000,
     },
-    # Something to look at after about five minutes on two CPU cores.
+    # Something to look at after ten minutes or less on two CPU cores.
     "quick": {
         "size": 64, "ngf": 16, "ndf": 16, "batch_size": 16, "n_critic": 1, "lr_g": 4e-4, "lr_d": 8e-4, "ema": 0.99,
         "steps": 1500, "log_every": 25, "sample_every": 100, "checkpoint_every": 500,
@@ -52,7 +52,7 @@ def setting(default, help, within=None, resume="frozen", group=None, **flag):
 # fmt: off
 @dataclasses.dataclass
 class Settings:
-    preset: str = setting(None, "report: the report's recipe; quick: five minutes on a laptop's CPU; a flag beside it "
+    preset: str = setting(None, "report: the report's recipe; quick: ten minutes on a laptop's CPU; a flag beside it "
         "wins", resume="anew", group="start", choices=list(PRESETS))
     resume: str = setting(None, "go on from a checkpoint or run folder; latest: the newest in --out or, without it, in "
         "runs/; auto: the same where there is one, else start", resume="anew", metavar="PATH|latest|auto")
