@@ -116,6 +116,7 @@ def dry_run(settings, device, begun):
 
     images, packed = estimate_pack(settings.data, settings.size)
     state = build_state(settings, device)
+    state.step = settings.warmup_steps  # before it a step costs less
     seconds(2)  # warm up
     per_step = seconds(3 if device.type == "cpu" else 50)
     networks = {name: getattr(state, name) for name in NETWORKS if getattr(state, name)}

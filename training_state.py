@@ -94,7 +94,8 @@ def check_checkpoint(file, path):
     absent = {"projected": ["critic", "optim_d"], "pixel": ["projected", "optim_p"]}.get(settings.critic, [])
     with torch.device("meta"):
         plan = build_state(dataclasses.replace(settings, critic="both"), "meta")
-        for optimizer in (plan.optim_g, plan.optim_d, plan.optim_p):
+        used = [plan.optim_d, plan.optim_p, *([plan.optim_g] if file["step"] > settings.warmup_steps else [])]
+        for optimizer in used:
             for parameter in optimizer.param_groups[0]["params"]:
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()  # makes its state

@@ -67,7 +67,10 @@ def generator_step(state, settings, fake, images, losses):
 
     fake: (B, 3, S, S) with the generator's graph.  images: the same numbers, where the graphs of the losses end.
     losses: one for each critic. Two gradients are brought to the same norm, that of the first, and mixed.
+    Without a graph, as before --warmup-steps, nothing is updated.
     """
+    if not fake.requires_grad:
+        return {"loss/generator": losses[0].detach(), "generator/gradient_norm": losses[0].new_zeros(())}
     # The losses share the graph of the augmented images; no gradient of a critic's weight is computed.
     gradient, *other = [torch.autograd.grad(loss, images, retain_graph=loss is not losses[-1])[0] for loss in losses]
     if other:
@@ -102,13 +105,8 @@ def update_ema(ema, network, decay):
             counter.copy_(other)
 
 
-def set_schedule(state, settings):
-    """Set what follows from the number of the step that comes.
-
-    The fade of a grown network's newest block is 0 at the first step, 1 after --fade-steps; the generator's learning
-    rate is 0 before --warmup-steps.
-    """
-    state.optim_g.param_groups[0]["lr"] = settings.lr_g if state.step >= settings.warmup_steps else 0.0
+def set_fade(state, settings):
+    """Set how far a grown network's newest block has faded in: 0 at the first step, 1 after --fade-steps."""
     fade = min(1.0, state.step / settings.fade_steps) if settings.fade_steps else 1.0
     for network in (state.generator, state.critic, state.ema):
         if network is not None and network.fade is not None:
@@ -123,7 +121,7 @@ def train_step(state, settings, dataset, device):
     share = share_of_batch(settings.batch_size)
     noise = draw_noise(settings, state.step)  # of the whole batch, so that it is the same on any number of ranks
     noise = {name: values[:, share].to(device, non_blocking=True) for name, values in noise.items()}
-    set_schedule(state, settings)
+    set_fade(state, settings)
 
     def generate(z):
         with autocast(settings, device):
@@ -141,8 +139,11 @@ def train_step(state, settings, dataset, device):
                 seen = augment(generate(noise["z"][i]), settings.augment, noise["augment"][i][:, 0])
             scalars = critic_step(state, settings, seen_real, seen, noise["epsilon"][i])
 
-    fake = generate(noise["z"][-1])  # new ones: on those that the pixel critic has just learnt on, faces came out alike
-    images = fake.detach().requires_grad_()  # where the graphs of the critics' losses end
+    learns = state.step >= settings.warmup_steps
+    with torch.set_grad_enabled(learns):
+        # New images: on those that the pixel critic has just learnt on, faces came out alike.
+        fake = generate(noise["z"][-1])
+    images = fake.detach().requires_grad_(learns)  # where the graphs of the critics' losses end
     seen = augment(images, settings.augment, noise["augment"][-1][:, 0])
     losses = []
     if state.critic:

@@ -24,7 +24,7 @@ from drawn_faces import draw_face
 from Generator import Generator
 from run_folder import list_checkpoints, telling_what_is_kept
 from training_state import build_state, check_checkpoint, read_settings, take_over
-from training_step import critic_step, draw_noise, generator_step, set_schedule, train_step, update_ema
+from training_step import critic_step, draw_noise, generator_step, set_fade, train_step, update_ema
 from Trainloop import main
 
 ROOT = Path(__file__).parent.parent
@@ -230,7 +230,7 @@ def test_growing_takes_over_the_smaller_networks_and_fades_the_new_blocks_in(tin
     state, file = build_state(settings, CPU), read_model_file(small)
     take_over(state, file, small)
     z = torch.randn(2, 100)
-    set_schedule(state, settings)
+    set_fade(state, settings)
     enlarged = torch.nn.functional.interpolate(load_generator(small)(z).atanh(), scale_factor=2, mode="bilinear").tanh()
     torch.testing.assert_close(state.ema(z), enlarged, rtol=0, atol=1e-6)  # two networks need not sum in one order
     assert equal(state.critic.head.state_dict()["weight"], file["critic"]["state"]["head.weight"])
@@ -258,7 +258,7 @@ def test_a_run_of_an_earlier_version_goes_on_to_fade_its_grown_generator_in():
     settings.grow_from = "small.pt"  # and no skip, as in what earlier versions saved
     state = build_state(settings, CPU)
     state.step = 1
-    set_schedule(state, settings)
+    set_fade(state, settings)
     assert [network.fade.item() for network in (state.generator, state.critic, state.ema)] == [0.25] * 3
 
 
@@ -285,6 +285,11 @@ def test_warmup_trains_the_critics_alone(tiny, tmp_path):
     assert equal(one["generator"]["state"][key], two["generator"]["state"][key])
     assert not equal(two["generator"]["state"][key], three["generator"]["state"][key])
     assert not equal(one["critic"]["state"], two["critic"]["state"])
+    shutil.copytree("run", "half")
+    Path("half/checkpoint_000003.pt").unlink()
+    Path("half/checkpoint_000002.pt").unlink()
+    assert go_on("--resume", "half", "--steps", 3) == 0
+    assert equal(read_model_file("half/checkpoint_000003.pt")["generator"], three["generator"])
 
 
 def test_a_file_tells_all_commands_that_made_it_without_their_folders(tiny, tmp_path, monkeypatch):
