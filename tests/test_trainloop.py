@@ -285,11 +285,14 @@ def test_warmup_trains_the_critics_alone(tiny, tmp_path):
     assert equal(one["generator"]["state"][key], two["generator"]["state"][key])
     assert not equal(two["generator"]["state"][key], three["generator"]["state"][key])
     assert not equal(one["critic"]["state"], two["critic"]["state"])
-    shutil.copytree("run", "half")
-    Path("half/checkpoint_000003.pt").unlink()
-    Path("half/checkpoint_000002.pt").unlink()
-    assert go_on("--resume", "half", "--steps", 3) == 0
-    assert equal(read_model_file("half/checkpoint_000003.pt")["generator"], three["generator"])
+    assert one["optim_g"]["state"] == {} == two["optim_g"]["state"]
+    for name, file in (("ours", one), ("earlier", one | {"optim_g": three["optim_g"]})):  # whose Adam has a state there
+        Path(name).mkdir()
+        torch.save(file, f"{name}/checkpoint_000001.pt")
+        assert go_on("--resume", name, "--steps", 3) == 0
+    assert equal(read_model_file("ours/checkpoint_000003.pt")["generator"], three["generator"])
+    with pytest.raises(UserError, match="optim_g is not what its settings make"):  # once it has learnt, it has one
+        check_checkpoint(three | {"optim_g": one["optim_g"]}, "x.pt")
 
 
 def test_a_file_tells_all_commands_that_made_it_without_their_folders(tiny, tmp_path, monkeypatch):
