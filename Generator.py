@@ -146,18 +146,20 @@ class Generator(nn.Module):
     image of the smaller one, and its colours stay. 0: the image is that of the last resolution alone.
     grown: as earlier versions grew it, from a network of half the size. The buffer `fade` blends the two images (Karras
     et al. 2018, figure 2): 0 gives the smaller one with each pixel doubled, 1 its own.
+    chroma_size: the resolution of the image's colours, 0 for its own; see coarsen_chroma.
 
     Raises UserError for a size, width or resolution that cannot be built.
     """
 
     def __init__(
-        self, nz=100, ngf=64, nc=3, size=128, stem_norm=True, blocks="plain", attention=0, grown=False, skip=0
-    ):
+        self, nz=100, ngf=64, nc=3, size=128, stem_norm=True, blocks="plain", attention=0, grown=False, skip=0,
+        chroma_size=0,
+    ):  # fmt: skip
         super().__init__()
         self.config = {"nz": nz, "ngf": ngf, "nc": nc, "size": size, "stem_norm": stem_norm, "blocks": blocks,
-                       "attention": attention, "grown": grown, "skip": skip}  # fmt: skip
-        check_shape("--ngf", ngf, size, attention, grown, skip)
-        self.nz, self.size, self.modulated = nz, size, blocks == "modulated"
+                       "attention": attention, "grown": grown, "skip": skip, "chroma_size": chroma_size}  # fmt: skip
+        check_shape("--ngf", ngf, size, attention, grown, skip, chroma_size)
+        self.nz, self.size, self.modulated, self.chroma_size = nz, size, blocks == "modulated", chroma_size
 
         self.linear = nn.Linear(nz, STEM_WIDTH * 4 * 4)
         self.stem_norm = nn.BatchNorm2d(STEM_WIDTH) if stem_norm else None
@@ -193,7 +195,20 @@ class Generator(nn.Module):
                     image = image + nn.functional.interpolate(small, scale_factor=2, mode="bilinear")
                 elif small is not None:
                     image = torch.lerp(upsample(small), image, self.fade)
-        return image.tanh()  # (N, nc, size, size)
+        image = image.tanh()  # (N, nc, size, size)
+        return coarsen_chroma(image, self.chroma_size) if self.chroma_size else image
+
+
+def coarsen_chroma(image, size):
+    """Hold the chroma at `size` pixels and the luma at all: (N, 3, S, S) in [-1, 1] -> the same.
+
+    Most photographs have been through that, as JPEG's chroma subsampling (ITU-T T.81), and have no finer colours, where
+    a network leaves coloured noise.
+    """
+    luma = (image * image.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)  # (N, 1, S, S)
+    chroma = nn.functional.avg_pool2d(image - luma, image.shape[-1] // size)  # (N, 3, size, size)
+    chroma = nn.functional.interpolate(chroma, image.shape[2:], mode="bilinear")  # (N, 3, S, S)
+    return (luma + chroma).clamp(-1, 1)
 
 
 def to_uint8(images):
@@ -201,14 +216,14 @@ def to_uint8(images):
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def check_shape(flag, width, size, attention, grown, skip=0):
-    """Raise UserError unless a network of `size` pixels can have this width, attention and skip, and be grown."""
+def check_shape(flag, width, size, attention, grown, skip=0, chroma_size=0):
+    """Raise UserError unless a network of `size` pixels can have these resolutions and this width, and be grown."""
     if size not in SIZES:
         raise UserError(f"--size {size}: choose one of {', '.join(map(str, SIZES))}")
     if width < 1 or width * 64 < size:
         raise UserError(f"{flag} {width}: too narrow for --size {size}, use at least {max(1, size // 64)}")
     resolutions = [r for r in (8, 16, *SIZES) if r < size]  # the critic has no features at `size` itself
-    for name, value in (("--attention", attention), ("--skip", skip)):
+    for name, value in (("--attention", attention), ("--skip", skip), ("--chroma-size", chroma_size)):
         if value not in (0, *resolutions):
             raise UserError(f"{name} {value}: choose 0 (none), {', '.join(map(str, resolutions))}")
     if grown and size == SIZES[0]:

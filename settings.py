@@ -36,7 +36,7 @@ OLD_LOSSES = {"gp": "wgan-gp", "clip": "wgan"}
 # With what a checkpoint was trained that is from before these settings came.
 BEFORE = {"blocks_g": "plain", "blocks_d": "plain", "attention": 0, "grow_from": None, "start_from": None,
           "fade_steps": 2000, "augment": [], "critic": "pixel", "projected_share": 0.5, "warmup_steps": 0,
-          "skip": 0, "freeze_g": 0}  # fmt: skip
+          "skip": 0, "freeze_g": 0, "chroma_size": 0}  # fmt: skip
 
 
 def setting(default, help, within=None, resume="frozen", group=None, **flag):
@@ -82,6 +82,8 @@ class Settings:
     attention: int = setting(0, "resolution of self-attention in generator and pixel critic; 0: none", metavar="R")
     skip: int = setting(0, "resolution from which on each block of the generator adds detail to one image; 0: the last "
         "block draws it. --grow-from sets it", metavar="R")
+    chroma_size: int = setting(0, "side in pixels at which the generator's images hold their colours, as JPEG files do "
+        "at half of theirs; 0: --size", metavar="R")
     critic: str = setting("pixel", "projected: sees features of a pretrained network (needs timm), and learns by "
         f"Adam, rate {HEADS['lr']}, betas {HEADS['betas']}, whatever flags say; both: that and the pixel critic",
         resume="free", choices=["pixel", "projected", "both"])
@@ -210,7 +212,7 @@ def check_together(settings):
     grown = settings.grow_from
     for name in ("ngf", "ndf"):
         width = getattr(settings, name)
-        check_shape(flag(name), width, settings.size, settings.attention, grown, settings.skip)
+        check_shape(flag(name), width, settings.size, settings.attention, grown, settings.skip, settings.chroma_size)
     if settings.loss == "wgan-gp" and settings.norm == "batch":
         raise UserError("--norm batch: the gradient penalty is about each image alone, and BatchNorm makes every score "
                         "depend on the whole batch; use --norm layer or none, or --loss wgan")  # fmt: skip

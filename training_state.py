@@ -42,7 +42,7 @@ def build_state(settings, device):
     torch.manual_seed(settings.seed)
     s, grown = settings, bool(settings.grow_from)
     lerped = grown and not s.skip  # as earlier versions grew it
-    generator = Generator(s.nz, s.ngf, 3, s.size, s.stem_norm, s.blocks_g, s.attention, lerped, s.skip)
+    generator = Generator(s.nz, s.ngf, 3, s.size, s.stem_norm, s.blocks_g, s.attention, lerped, s.skip, s.chroma_size)
     critic = projected = None
     if s.critic != "projected":
         critic = Critic(s.ndf, 3, s.size, s.norm, s.blocks_d, s.attention, grown)
@@ -156,7 +156,9 @@ def architecture_of(path, given):
     if grows:
         config["skip"] = config.get("skip") or config["size"]
         config["size"] *= 2
-    names = ("size", "skip", "nz", "ngf", "ndf", "blocks_g", "blocks_d", "stem_norm", "norm", "attention")
+    names = ["size", "skip", "nz", "ngf", "ndf", "blocks_g", "blocks_d", "stem_norm", "norm", "attention"]
+    if config.get("chroma_size"):  # else the flag may add it, which has no weights
+        names.append("chroma_size")
     return {name: config[name] for name in names if name in config}
 
 

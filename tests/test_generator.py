@@ -2,11 +2,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from Generator import BLOCKS, SIZES, Attention, Generator, latent
+from Generator import BLOCKS, SIZES, Attention, Generator, coarsen_chroma, latent, to_uint8
 
 
 @pytest.mark.parametrize("parts", [{"size": size} for size in SIZES] + [
@@ -75,6 +77,25 @@ def test_a_generator_with_skip_starts_as_the_enlarged_smaller_one_and_adds_what_
     assert not torch.allclose(large(z), image.tanh(), rtol=0, atol=1e-5)
 
 
+def test_coarse_chroma_is_that_of_jpegs_half_resolution_and_leaves_grey_alone():
+    torch.manual_seed(0)
+    grey = torch.rand(2, 1, 32, 32).expand(2, 3, 32, 32) * 2 - 1
+    torch.testing.assert_close(coarsen_chroma(grey, 16), grey)
+    pixels = (torch.rand(32, 32, 3) * 100 + 78).round()  # nothing near 0 and 255, where values would be clamped
+    image = (pixels / 127.5 - 1).permute(2, 0, 1)[None]  # (1, 3, 32, 32)
+    ours = coarsen_chroma(image, 16)
+    y, cb, cr = Image.fromarray(pixels.numpy().astype(np.uint8)).convert("YCbCr").split()
+    smooth = [c.reduce(2).resize((32, 32), Image.Resampling.BILINEAR) for c in (cb, cr)]
+    theirs = np.asarray(Image.merge("YCbCr", (y, *smooth)).convert("RGB"))
+    assert np.abs(np.asarray(to_uint8(ours)[0].permute(1, 2, 0)).astype(int) - theirs).max() <= 3
+    generator = Generator(ngf=8, size=64).eval()
+    soft = Generator(ngf=8, size=64, chroma_size=32).eval()
+    soft.load_state_dict(generator.state_dict())
+    z = torch.randn(2, 100)
+    assert torch.equal(soft(z), coarsen_chroma(generator(z), 32)) and soft(z).abs().max() <= 1
+    assert not torch.allclose(soft(z), generator(z))
+
+
 @pytest.mark.parametrize("parts", [{}] + [{"blocks": blocks} for blocks in BLOCKS] + [{"attention": 32}])
 def test_a_grown_generator_starts_as_the_enlarged_smaller_one_and_ends_as_itself(parts):
     small, large = Generator(ngf=16, size=64, **parts), Generator(ngf=16, size=128, grown=True, **parts)
@@ -95,7 +116,7 @@ def test_a_grown_generator_starts_as_the_enlarged_smaller_one_and_ends_as_itself
 def test_impossible_networks_are_refused():
     for arguments, word in (({"attention": 128}, "--attention 128"), ({"attention": 5}, "--attention 5"),
                             ({"size": 32, "grown": True}, "--size 32"), ({"size": 100}, "--size 100"),
-                            ({"skip": 128}, "--skip 128"),
+                            ({"skip": 128}, "--skip 128"), ({"chroma_size": 128}, "--chroma-size 128"),
                             ({"ngf": 0}, "--ngf 0"), ({"ngf": 4, "size": 512}, "--ngf 4")):  # fmt: skip
         with pytest.raises(ValueError, match=word):
             Generator(**arguments)

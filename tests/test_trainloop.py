@@ -315,10 +315,12 @@ def test_two_networks_without_optimizers_are_enough_to_grow_and_a_generator_to_s
     torch.save({name: file[name] for name in ("format", "generator", "critic")}, tmp_path / "two.pt")
     assert tiny("--grow-from", "two.pt", "--size", 64, "--steps", 1, "--out", "large") == 0
     assert go_on("--start-from", "small/generator_000001.pt", "--data", "drawn", "--cache", "cache", "--batch-size", 4,
-                 "--steps", 1, "--lr-g", 1e-9, "--out", "adapted", "--ndf", 8) == 0  # fmt: skip
+                 "--steps", 1, "--lr-g", 1e-9, "--out", "adapted", "--ndf", 8, "--chroma-size", 16) == 0  # fmt: skip
     adapted = read_model_file(tmp_path / "adapted/checkpoint_000001.pt")
     assert adapted["settings"]["augment"] == ["color", "translation"]
-    assert adapted["step"] == 1 and adapted["generator"]["config"] == file["generator"]["config"]
+    assert adapted["step"] == 1 and adapted["generator"]["config"] == file["generator"]["config"] | {"chroma_size": 16}
+    with pytest.raises(UserError, match="--chroma-size 8: .* gives --chroma-size 16"):
+        read_settings(["--start-from", "adapted/generator_000001.pt", "--chroma-size", "8"])
     del (damaged := file["ema"].copy())["linear.bias"]
     torch.save(file | {"ema": damaged}, tmp_path / "damaged.pt")
     with pytest.raises(UserError, match="damaged.pt: ema .*linear.bias"):  # or the average would stay random there
