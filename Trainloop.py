@@ -195,7 +195,7 @@ def start(settings, device, dataset, checkpoint, path):
         print(f"Going on from step {state.step:,} of {path}.")
     elif source := settings.grow_from or settings.start_from:
         checkpoint = read_model_file(source)
-        take_over(state, checkpoint, source, frozen=settings.freeze_g > 0 or settings.refine > 0)
+        take_over(state, checkpoint, source, settings.freeze_g)
     made_by = describe_run(dataset, checkpoint or {})
     if checkpoint:
         checkpoint.clear()  # or its tensors would stay in memory for all of the run

@@ -1,9 +1,9 @@
 """Differentiable augmentation of what a critic sees, real and generated alike (Zhao et al. 2020)."""
 
 import torch
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import pad
 
-POLICIES = ("color", "translation", "cutout", "crop")
+POLICIES = ("color", "translation", "cutout")
 NUMBERS = 7  # random numbers that one image takes, whatever the policies are
 
 
@@ -12,7 +12,6 @@ def augment(images, policies, random):
 
     color: brightness by up to 0.5, saturation by a factor of 0 to 2, contrast of 0.5 to 1.5.
     translation: by up to an eighth of the side, zeros come in.  cutout: a square of half the side becomes zero.
-    crop: a square of half the side fills the image, for critics that shall look at detail.
 
     policies: some of POLICIES.  random: (N, NUMBERS) in [0, 1).
     """
@@ -29,19 +28,11 @@ def augment(images, policies, random):
         border = size // 8
         shift = (random[:, 3:5, 0, 0, 0] * (2 * border + 1)).long()  # (N, 2)
         rows, columns = (pixel + shift[:, :, None]).unbind(1)  # (N, S) each
-        images = take(pad(images, (border,) * 4), rows, columns)  # (N, C, S, S)
+        number = torch.arange(len(images), device=images.device)[:, None, None]
+        padded = pad(images, (border,) * 4).permute(0, 2, 3, 1)  # (N, S + 2 border, S + 2 border, C)
+        images = padded[number, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # (N, C, S, S)
     if "cutout" in policies:
         centre = (random[:, 5:7, 0, 0, 0] * size).long()  # (N, 2)
         rows, columns = ((pixel - centre[:, :, None] + size // 4) // (size // 2) == 0).unbind(1)  # (N, S) each
         images = images * ~(rows[:, None, :, None] & columns[:, None, None, :])
-    if "crop" in policies:
-        start = (random[:, 5:7, 0, 0, 0] * (size - size // 2 + 1)).long()  # (N, 2)
-        rows, columns = (pixel[: size // 2] + start[:, :, None]).unbind(1)  # (N, S/2) each
-        images = interpolate(take(images, rows, columns), scale_factor=2, mode="bilinear")  # (N, C, S, S)
     return images
-
-
-def take(images, rows, columns):
-    """Return of each image its own rows and columns: (N, C, S, S), (N, H), (N, W) -> (N, C, H, W)."""
-    number = torch.arange(len(images), device=images.device)[:, None, None]
-    return images.permute(0, 2, 3, 1)[number, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -36,7 +36,7 @@ OLD_LOSSES = {"gp": "wgan-gp", "clip": "wgan"}
 # With what a checkpoint was trained that is from before these settings came.
 BEFORE = {"blocks_g": "plain", "blocks_d": "plain", "attention": 0, "grow_from": None, "start_from": None,
           "fade_steps": 2000, "augment": [], "critic": "pixel", "projected_share": 0.5, "warmup_steps": 0,
-          "skip": 0, "freeze_g": 0, "chroma_size": 0, "refine": 0}  # fmt: skip
+          "skip": 0, "freeze_g": 0, "chroma_size": 0}  # fmt: skip
 
 
 def setting(default, help, within=None, resume="frozen", group=None, **flag):
@@ -84,8 +84,6 @@ class Settings:
         "block draws it. --grow-from sets it", metavar="R")
     chroma_size: int = setting(0, "side in pixels at which the generator's images hold their colours, as JPEG files do "
         "at half of theirs; 0: --size", metavar="R")
-    refine: int = setting(0, "half the --size of --start-from: a new network, which learns alone, shall draw its "
-        "images anew, reduced to that; 0: none", metavar="R")
     critic: str = setting("pixel", "projected: sees features of a pretrained network (needs timm), and learns by "
         f"Adam, rate {HEADS['lr']}, betas {HEADS['betas']}, whatever flags say; both: that and the pixel critic",
         resume="free", choices=["pixel", "projected", "both"])
@@ -211,17 +209,15 @@ def combine(given, path=None, saved=None, architecture=None):
 
 def check_together(settings):
     """Raise UserError, naming the flag, for settings that are possible by themselves but not together."""
-    s, grown = settings, settings.grow_from
+    grown = settings.grow_from
     for name in ("ngf", "ndf"):
-        check_shape(flag(name), getattr(s, name), s.size, s.attention, grown, s.skip, s.chroma_size, s.refine)
+        width = getattr(settings, name)
+        check_shape(flag(name), width, settings.size, settings.attention, grown, settings.skip, settings.chroma_size)
     if settings.loss == "wgan-gp" and settings.norm == "batch":
         raise UserError("--norm batch: the gradient penalty is about each image alone, and BatchNorm makes every score "
                         "depend on the whole batch; use --norm layer or none, or --loss wgan")  # fmt: skip
     if settings.freeze_g and (settings.freeze_g >= settings.size or not (grown or settings.start_from)):
         raise UserError(f"--freeze-g {settings.freeze_g}: choose less than --size {settings.size}, with --grow-from "
                         "or --start-from")  # fmt: skip
-    if settings.refine and (settings.freeze_g or not (grown or settings.start_from) or settings.critic == "pixel"):
-        raise UserError(f"--refine {settings.refine}: learns behind a model that stays as it is; use --start-from, "
-                        "--critic projected or both, and leave out --freeze-g")  # fmt: skip
     if settings.grow_from and settings.start_from:
         raise UserError("--start-from: a run starts from one model; leave out --grow-from")

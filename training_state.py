@@ -41,28 +41,21 @@ def build_state(settings, device):
     """
     torch.manual_seed(settings.seed)
     s, grown = settings, bool(settings.grow_from)
-    lerped = grown and not (s.skip or s.refine)  # as earlier versions grew it
-    generator = Generator(
-        s.nz, s.ngf, 3, s.size, s.stem_norm, s.blocks_g, s.attention, lerped, s.skip, s.chroma_size, s.refine
-    )
+    lerped = grown and not s.skip  # as earlier versions grew it
+    generator = Generator(s.nz, s.ngf, 3, s.size, s.stem_norm, s.blocks_g, s.attention, lerped, s.skip, s.chroma_size)
     critic = projected = None
     if s.critic != "projected":
         critic = Critic(s.ndf, 3, s.size, s.norm, s.blocks_d, s.attention, grown)
     if s.critic != "pixel":
-        scales = (
-            2 if s.refine else 4
-        )  # a refiner draws detail; for what it cannot change it would be driven to patterns
-        frozen = None if torch.device(device).type == "meta" else load_frozen_network(scales=scales)
-        projected = ProjectedCritic(s.size, frozen, scales)
+        projected = ProjectedCritic(s.size, None if torch.device(device).type == "meta" else load_frozen_network())
     for network in filter(None, (generator, critic, projected)):
         network.to(device, memory_format=torch.channels_last)
         normalise_over_ranks(network)
-    kept = s.size // 2 if s.refine else s.freeze_g
-    if kept:
+    if s.freeze_g:
         generator.requires_grad_(False).eval()  # with statistics of a batch its image would be another one
-        for blocks in (generator.refiners,) if s.refine else (generator.up, generator.attention, generator.to_rgb):
+        for blocks in (generator.up, generator.attention, generator.to_rgb):
             for resolution, block in blocks.items():
-                if int(resolution) > kept:
+                if int(resolution) > s.freeze_g:
                     block.requires_grad_(True).train()
     ema = copy.deepcopy(generator).eval().requires_grad_(False) if s.ema else None
     fused = torch.device(device).type in ("cpu", "cuda")
@@ -161,33 +154,25 @@ def architecture_of(path, given):
     if grows and any(file[name]["state"].get("fade", 1) < 1 for name in NETWORKS if file.get(name)):
         raise UserError(f"--grow-from {path}: is itself still fading in; train it beyond its --fade-steps first")
     if grows:
-        config["skip"] = config.get("skip", 0) or (0 if config.get("refine") else config["size"])  # or a refiner
+        config["skip"] = config.get("skip") or config["size"]
         config["size"] *= 2
     names = ["size", "skip", "nz", "ngf", "ndf", "blocks_g", "blocks_d", "stem_norm", "norm", "attention"]
     if config.get("chroma_size"):  # else the flag may add it, which has no weights
         names.append("chroma_size")
-    if config.setdefault("refine", 0) or grows:
-        names.append("refine")
-    elif given.get("refine", 0) not in (0, config["size"] // 2):
-        raise UserError(f"--refine {given['refine']}: choose {config['size'] // 2}, half the size of {path}")
     return {name: config[name] for name in names if name in config}
 
 
-def take_over(state, file, path, frozen=False):
+def take_over(state, file, path, freeze_g=0):
     """Load the networks of a model file into a new State, whose blocks of a larger size stay new.
 
-    frozen: whether a part of the generator stays as it is, which shall be the file's average. Raises UserError where
-    the networks do not fit.
+    freeze_g: as the setting; what stays as it is shall be the file's average. Raises UserError where the networks do
+    not fit.
     """
     states = {name: file[name]["state"] for name in NETWORKS if file.get(name)} | {"ema": weights_of(file)}
-    if frozen:
+    if freeze_g:
         states["generator"] = states["ema"]
-    if (
-        state.projected
-        and "projected" in states
-        and {"scales": 4} | file["projected"]["config"] != state.projected.config
-    ):
-        del states["projected"]  # it grows with the images, and a refiner's sees other features
+    if state.projected and "projected" in states and file["projected"]["config"] != state.projected.config:
+        del states["projected"]  # it grows with the images
     for name, weights in states.items():
         try:
             if network := getattr(state, name):

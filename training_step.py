@@ -4,15 +4,11 @@ A critic's loss is in Critic.py. Everything random in a step is a pure function 
 """
 
 import torch
-from torch.nn.functional import avg_pool2d, l1_loss
 
 from augmentation import NUMBERS, augment
 from Critic import clip_weights, critic_loss, generator_loss, gradient_penalty
 from Dataset import batch_indices, seeded
 from distributed import average_over_ranks, mean_over_ranks, share_of_batch
-
-# Parts of a refiner's gradient that come from its distances to photographs, in features and then of all in pixels.
-PAIRS_SHARES = (0.15, 0.05)
 
 
 def draw_noise(settings, step):
@@ -66,21 +62,20 @@ def projected_step(state, settings, real, fake):
     return {"projected/wasserstein": -loss.detach(), "projected/gradient_norm": finish_update(state.optim_p)}
 
 
-def generator_step(state, settings, fake, images, losses, distances=()):
+def generator_step(state, settings, fake, images, losses):
     """Update the generator once, along the gradients of the critics' losses at its images.
 
     fake: (B, 3, S, S) with the generator's graph.  images: the same numbers, where the graphs of the losses end.
-    losses: one for each critic.  distances: of a refiner's images to photographs. Their gradients are brought to the
-    same norm, that of the first, and mixed. Without a graph, as before --warmup-steps, nothing is updated.
+    losses: one for each critic. Two gradients are brought to the same norm, that of the first, and mixed.
+    Without a graph, as before --warmup-steps, nothing is updated.
     """
     if not fake.requires_grad:
         return {"loss/generator": losses[0].detach(), "generator/gradient_norm": losses[0].new_zeros(())}
     # The losses share the graph of the augmented images; no gradient of a critic's weight is computed.
-    gradient, *other = [torch.autograd.grad(loss, images, retain_graph=True)[0] for loss in (*losses, *distances)]
-    shares = [settings.projected_share] * (len(losses) - 1) + [*(PAIRS_SHARES if distances else ())]
-    for second, share in zip(other, shares, strict=True):
-        norm, its_norm = (mean_over_ranks(g.float().square().sum()).sqrt() for g in (gradient, second))
-        gradient = torch.lerp(gradient, second * (norm / its_norm.clamp_min(1e-30)), share)
+    gradient, *other = [torch.autograd.grad(loss, images, retain_graph=loss is not losses[-1])[0] for loss in losses]
+    if other:
+        first, second = (mean_over_ranks(g.float().square().sum()).sqrt() for g in (gradient, *other))
+        gradient = torch.lerp(gradient, other[0] * (first / second.clamp_min(1e-30)), settings.projected_share)
     fake.backward(gradient)
     return {"loss/generator": losses[0].detach(), "generator/gradient_norm": finish_update(state.optim_g)}
 
@@ -128,14 +123,9 @@ def train_step(state, settings, dataset, device):
     noise = {name: values[:, share].to(device, non_blocking=True) for name, values in noise.items()}
     set_fade(state, settings)
 
-    pairs = (len(noise["z"][-1]) + 1) // 2 if settings.refine else 0  # photographs that a refiner shall draw anew
-
-    def generate(z, real):
+    def generate(z):
         with autocast(settings, device):
-            if not settings.refine:
-                return state.generator(z)  # (B, 3, S, S)
-            reduced = avg_pool2d(real[:pairs], 2)  # (pairs, 3, S/2, S/2)
-            return state.generator.refiners[str(settings.size)](torch.cat([reduced, state.generator.draw(z[pairs:])]))
+            return state.generator(z)  # (B, 3, S, S)
 
     scalars = {}
     for i in batches_of(state, settings):
@@ -143,19 +133,19 @@ def train_step(state, settings, dataset, device):
         indices = batch_indices(len(dataset), settings.seed, start, settings.batch_size)
         real = dataset.batch(indices[share], device)  # (B, 3, S, S)
         real = torch.where(noise["flip"][i], real.flip(3), real)
-        seen_real = augment(real, settings.augment, noise["augment"][i][:, 0 if pairs else 1])
+        seen_real = augment(real, settings.augment, noise["augment"][i][:, 1])
         if state.critic:
             with torch.no_grad():
-                seen = augment(generate(noise["z"][i], real), settings.augment, noise["augment"][i][:, 0])
+                seen = augment(generate(noise["z"][i]), settings.augment, noise["augment"][i][:, 0])
             scalars = critic_step(state, settings, seen_real, seen, noise["epsilon"][i])
 
     learns = state.step >= settings.warmup_steps
     with torch.set_grad_enabled(learns):
         # New images: on those that the pixel critic has just learnt on, faces came out alike.
-        fake = generate(noise["z"][-1], real)
+        fake = generate(noise["z"][-1])
     images = fake.detach().requires_grad_(learns)  # where the graphs of the critics' losses end
     seen = augment(images, settings.augment, noise["augment"][-1][:, 0])
-    losses, distances = [], []
+    losses = []
     if state.critic:
         with autocast(settings, device):
             losses.append(generator_loss(state.critic(seen)))
@@ -167,17 +157,11 @@ def train_step(state, settings, dataset, device):
         scalars |= projected_step(state, settings, real_features, [feature.detach() for feature in features])
         with autocast(settings, device):
             losses.append(generator_loss(state.projected.heads(features)))
-        if pairs:  # pixels alone would leave soft images (Johnson et al. 2016)
-            both = zip(features, real_features, strict=True)
-            distances = [sum(l1_loss(ours[:pairs], theirs[:pairs]) for ours, theirs in both)]
-            distances.append(l1_loss(images[:pairs], real[:pairs]))
-            names = "generator/feature_distance", "generator/pixel_distance"
-            scalars |= dict(zip(names, (distance.detach() for distance in distances), strict=True))
-    scalars |= generator_step(state, settings, fake, images, losses, distances)
+    scalars |= generator_step(state, settings, fake, images, losses)
     if state.ema:
         # Early on the average follows faster, or it would show the random start, of a grown network that of its new
         # blocks, for 1 / (1 - ema) steps. A network that was taken over whole brings its average along.
-        early = 1 if settings.start_from and not settings.refine else (1 + state.step) / (10 + state.step)
+        early = 1 if settings.start_from else (1 + state.step) / (10 + state.step)
         update_ema(state.ema, state.generator, min(settings.ema, early))
     state.step += 1
     return scalars, real, images.detach()

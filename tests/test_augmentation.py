@@ -38,15 +38,6 @@ def test_cutout_blanks_a_square_of_half_the_side():
     assert cut[:, :, :4].all() and cut[:, :, 12:].all()
 
 
-def test_crop_enlarges_a_square_of_half_the_side():
-    images, random = images_of(2), torch.zeros(2, NUMBERS)
-    random[1, 5], random[1, 6] = 0.99, 0.5  # the lowest one of those in the middle
-    seen = augment(images, ("crop",), random)
-    assert seen.shape == images.shape
-    small = torch.stack([images[0, :, :8, :8], images[1, :, 8:, 4:12]])  # (2, 3, 8, 8)
-    torch.testing.assert_close(seen, torch.nn.functional.interpolate(small, scale_factor=2, mode="bilinear"))
-
-
 @pytest.mark.parametrize("policy", POLICIES)
 def test_gradients_agree_with_finite_differences(policy):
     images = images_of(2, 8).double().requires_grad_()

@@ -13,7 +13,7 @@ from Generator import BLOCKS, SIZES, Attention, Generator, coarsen_chroma, laten
 
 @pytest.mark.parametrize("parts", [{"size": size} for size in SIZES] + [
     {"blocks": "nearest"}, {"blocks": "residual"}, {"blocks": "modulated"}, {"attention": 16},
-    {"blocks": "residual", "grown": True}, {"refine": 32}, {"refine": 16, "skip": 16},
+    {"blocks": "residual", "grown": True},
 ])  # fmt: skip
 def test_shape_range_and_config(parts):
     generator = Generator(**{"nz": 10, "ngf": 8, "size": 64} | parts)
@@ -77,23 +77,6 @@ def test_a_generator_with_skip_starts_as_the_enlarged_smaller_one_and_adds_what_
     assert not torch.allclose(large(z), image.tanh(), rtol=0, atol=1e-5)
 
 
-def test_a_generator_with_refiners_starts_as_the_enlarged_reduction_of_its_first_image_and_adds_detail():
-    def double(image):
-        return nn.functional.interpolate(image, scale_factor=2, mode="bilinear")
-
-    small, large = Generator(ngf=8, size=64).eval(), Generator(ngf=8, size=128, refine=32).eval()
-    missing, unexpected = large.load_state_dict(small.state_dict(), strict=False)
-    assert not unexpected and {".".join(key.split(".")[:2]) for key in missing} == {"refiners.64", "refiners.128"}
-    z = torch.randn(3, 100)
-    reduced = nn.functional.avg_pool2d(small(z), 2)  # (3, 3, 32, 32)
-    torch.testing.assert_close(large.draw(z), double(reduced))
-    torch.testing.assert_close(large(z), double(double(reduced)))
-    large.refiners["64"].to_rgb.bias.data.fill_(0.5)  # a colour is nothing that the smaller image could not show
-    torch.testing.assert_close(large(z), double(double(reduced)))
-    nn.init.normal_(large.refiners["64"].to_rgb.weight)
-    assert not torch.allclose(large.draw(z), double(reduced)) and large(z).abs().max() <= 1
-
-
 def test_coarse_chroma_is_that_of_jpegs_half_resolution_and_leaves_grey_alone():
     torch.manual_seed(0)
     grey = torch.rand(2, 1, 32, 32).expand(2, 3, 32, 32) * 2 - 1
@@ -134,7 +117,6 @@ def test_impossible_networks_are_refused():
     for arguments, word in (({"attention": 128}, "--attention 128"), ({"attention": 5}, "--attention 5"),
                             ({"size": 32, "grown": True}, "--size 32"), ({"size": 100}, "--size 100"),
                             ({"skip": 128}, "--skip 128"), ({"chroma_size": 128}, "--chroma-size 128"),
-                            ({"refine": 128}, "--refine 128"), ({"refine": 32, "attention": 64}, "--attention 64"),
                             ({"ngf": 0}, "--ngf 0"), ({"ngf": 4, "size": 512}, "--ngf 4")):  # fmt: skip
         with pytest.raises(ValueError, match=word):
             Generator(**arguments)
