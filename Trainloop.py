@@ -50,7 +50,7 @@ def mean_scalars(noted, state, out):
     """
     values = torch.stack([torch.stack(list(scalars.values())) for scalars in noted])  # (steps, names)
     values = distributed.mean_over_ranks(values).cpu()  # CPU-GPU sync point
-    networks = filter(None, (state.generator, state.critic, state.projected))
+    networks = filter(None, (state.generator, state.critic, state.projected, state.identity))
     weights = torch.nn.utils.get_total_norm([p for network in networks for p in network.parameters()])
     bad = (~values.isfinite().all(dim=1)).nonzero()
     if len(bad) or not weights.isfinite():

@@ -121,6 +121,15 @@ def average_over_ranks(tensors):
             tensor.copy_(mean.view_as(tensor))
 
 
+@torch.no_grad()
+def gather_batch(share, batch_size):
+    """Return the whole batch (B, ...) on every rank, of which each has a share (B / ranks, ...)."""
+    whole = share.new_zeros(batch_size, *share.shape[1:], dtype=torch.float32)
+    whole[share_of_batch(batch_size)] = share.float() * world_size()
+    average_over_ranks([whole])
+    return whole
+
+
 class BatchNormOverRanks(nn.BatchNorm2d):
     """BatchNorm2d over the batches of all ranks: (N, C, H, W) -> (N, C, H, W). nn.SyncBatchNorm is for GPUs alone."""
 

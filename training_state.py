@@ -11,11 +11,12 @@ from command_line import UserError
 from Critic import Critic
 from distributed import normalise_over_ranks
 from Generator import Generator
+from IdentityCritic import FaceNetwork, IdentityCritic
 from ProjectedCritic import ProjectedCritic, load_frozen_network
 from run_folder import find_resume
-from settings import HEADS, Settings, combine, parse, saved_settings
+from settings import HEADS_BETAS, Settings, combine, parse, saved_settings
 
-OPTIMIZERS = ("optim_g", "optim_d", "optim_p")
+OPTIMIZERS = ("optim_g", "optim_d", "optim_p", "optim_i")
 PARTS = (*NETWORKS, "ema", *OPTIMIZERS)  # of a State, by their names in a checkpoint
 MADE_BY = {"command": "", "data": {"name": "", "fingerprint": "", "images": 0}}  # what a resume reads of it
 
@@ -28,9 +29,11 @@ class State:
     ema: Generator | None
     critic: Critic | None
     projected: nn.Module | None
+    identity: nn.Module | None
     optim_g: torch.optim.Optimizer
     optim_d: torch.optim.Optimizer | None
     optim_p: torch.optim.Optimizer | None
+    optim_i: torch.optim.Optimizer | None
     step: int = 0
 
 
@@ -40,15 +43,17 @@ def build_state(settings, device):
     On the device "meta" it is a plan without memory.
     """
     torch.manual_seed(settings.seed)
-    s, grown = settings, bool(settings.grow_from)
+    s, grown, is_plan = settings, bool(settings.grow_from), torch.device(device).type == "meta"
     lerped = grown and not s.skip  # as earlier versions grew it
     generator = Generator(s.nz, s.ngf, 3, s.size, s.stem_norm, s.blocks_g, s.attention, lerped, s.skip, s.chroma_size)
-    critic = projected = None
+    critic = projected = identity = None
     if s.critic != "projected":
         critic = Critic(s.ndf, 3, s.size, s.norm, s.blocks_d, s.attention, grown)
     if s.critic != "pixel":
-        projected = ProjectedCritic(s.size, None if torch.device(device).type == "meta" else load_frozen_network())
-    for network in filter(None, (generator, critic, projected)):
+        projected = ProjectedCritic(s.size, None if is_plan else load_frozen_network(), s.even_scales)
+    if s.identity_share:
+        identity = IdentityCritic(None if is_plan else FaceNetwork())
+    for network in filter(None, (generator, critic, projected, identity)):
         network.to(device, memory_format=torch.channels_last)
         normalise_over_ranks(network)
     if s.freeze_g:
@@ -66,8 +71,11 @@ def build_state(settings, device):
             return torch.optim.RMSprop(parameters, lr, foreach=True)
         return network and torch.optim.Adam(parameters, lr, tuple(s.betas), fused=fused)
 
-    heads = projected and torch.optim.Adam(projected.heads.parameters(), **HEADS, fused=fused)
-    return State(generator, ema, critic, projected, optimizer(generator, s.lr_g), optimizer(critic, s.lr_d), heads)
+    optimizers = [optimizer(generator, s.lr_g), optimizer(critic, s.lr_d)]
+    for network in (projected, identity):
+        adam = network and torch.optim.Adam(network.heads.parameters(), s.lr_heads, HEADS_BETAS, fused=fused)
+        optimizers.append(adam)
+    return State(generator, ema, critic, projected, identity, *optimizers)
 
 
 def content_of(state, settings, made_by):
@@ -92,9 +100,10 @@ def check_checkpoint(file, path):
         raise UserError(f"{path} holds a generator alone; resume from a checkpoint_*.pt")
     settings = Settings(**saved_settings(file.get("settings"), path))
     absent = {"projected": ["critic", "optim_d"], "pixel": ["projected", "optim_p"]}.get(settings.critic, [])
+    absent += [] if settings.identity_share else ["identity", "optim_i"]
     with torch.device("meta"):
-        plan = build_state(dataclasses.replace(settings, critic="both"), "meta")
-        for optimizer in (plan.optim_g, plan.optim_d, plan.optim_p):
+        plan = build_state(dataclasses.replace(settings, critic="both", identity_share=0.5), "meta")
+        for optimizer in (getattr(plan, name) for name in OPTIMIZERS):
             for parameter in optimizer.param_groups[0]["params"]:
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()  # makes its state
@@ -142,7 +151,7 @@ def architecture_of(path, given):
     given: {name: value} of the flags.
     """
     file, grows = read_model_file(path), "grow_from" in given
-    for name, kind in zip(NETWORKS, (Generator, Critic, ProjectedCritic), strict=True):
+    for name, kind in zip(NETWORKS, (Generator, Critic, ProjectedCritic, IdentityCritic), strict=True):
         if file.get(name):
             check_network(kind, file[name], f"{path}: {name}")
     check_network(Generator, file["generator"] | {"state": weights_of(file)}, f"{path}: ema")

@@ -8,7 +8,7 @@ import torch
 from augmentation import NUMBERS, augment
 from Critic import clip_weights, critic_loss, generator_loss, gradient_penalty
 from Dataset import batch_indices, seeded
-from distributed import average_over_ranks, mean_over_ranks, share_of_batch
+from distributed import average_over_ranks, gather_batch, mean_over_ranks, share_of_batch
 
 
 def draw_noise(settings, step):
@@ -53,31 +53,46 @@ def critic_step(state, settings, real, fake, epsilon):
     return scalars | {"critic/wasserstein": -loss.detach(), "critic/gradient_norm": norm}
 
 
-def projected_step(state, settings, real, fake):
-    """Update the projected critic's heads once. real, fake: features without a graph, lists of (B, C, R, R)."""
-    heads = state.projected.heads
-    with autocast(settings, real[0].device):
-        loss = critic_loss(heads(real), heads(fake))
+def projected_step(name, critic, optimizer, settings, real, fake):
+    """Update the heads of a projected critic once. real, fake: (B, 3, S, S), the second may have a graph.
+
+    Returns its scalars, the generator's loss, and the features of real and fake, the second with their graph.
+    """
+    # autocast keeps what it has cast, with or without a graph, until its block ends; so each has one of its own.
+    with autocast(settings, real.device), torch.no_grad():
+        real = critic.features(real)
+    with autocast(settings, fake.device):
+        fake = critic.features(fake)
+    with autocast(settings, fake[0].device):
+        loss = critic_loss(critic.heads(real), critic.heads([feature.detach() for feature in fake]))
     loss.backward()
-    return {"projected/wasserstein": -loss.detach(), "projected/gradient_norm": finish_update(state.optim_p)}
+    scalars = {f"{name}/wasserstein": -loss.detach(), f"{name}/gradient_norm": finish_update(optimizer)}
+    with autocast(settings, fake[0].device):
+        return scalars, generator_loss(critic.heads(fake)), real, fake
+
+
+def shares_of(state, settings):
+    """Return the shares that pixel critic, projected critic and identity critic have of the generator's gradient."""
+    projected = settings.projected_share if state.critic and state.projected else float(state.critic is None)
+    rest = 1 - settings.identity_share
+    return rest * (1 - projected), rest * projected, settings.identity_share
 
 
 def generator_step(state, settings, fake, images, losses):
     """Update the generator once, along the gradients of the critics' losses at its images.
 
     fake: (B, 3, S, S) with the generator's graph.  images: the same numbers, where the graphs of the losses end.
-    losses: one for each critic. Two gradients are brought to the same norm, that of the first, and mixed.
+    losses: [(loss, share)]. All gradients are brought to the same norm, that of the first, and mixed by their shares.
     Without a graph, as before --warmup-steps, nothing is updated.
     """
     if not fake.requires_grad:
-        return {"loss/generator": losses[0].detach(), "generator/gradient_norm": losses[0].new_zeros(())}
+        return {"loss/generator": losses[0][0].detach(), "generator/gradient_norm": losses[0][0].new_zeros(())}
     # The losses share the graph of the augmented images; no gradient of a critic's weight is computed.
-    gradient, *other = [torch.autograd.grad(loss, images, retain_graph=loss is not losses[-1])[0] for loss in losses]
-    if other:
-        first, second = (mean_over_ranks(g.float().square().sum()).sqrt() for g in (gradient, *other))
-        gradient = torch.lerp(gradient, other[0] * (first / second.clamp_min(1e-30)), settings.projected_share)
-    fake.backward(gradient)
-    return {"loss/generator": losses[0].detach(), "generator/gradient_norm": finish_update(state.optim_g)}
+    gradients = [torch.autograd.grad(loss, images, retain_graph=loss is not losses[-1][0])[0] for loss, _ in losses]
+    norms = [mean_over_ranks(gradient.float().square().sum()).sqrt() for gradient in gradients]
+    factors = [share * norms[0] / norm.clamp_min(1e-30) for norm, (_, share) in zip(norms, losses, strict=True)]
+    fake.backward(sum(gradient * factor for gradient, factor in zip(gradients, factors, strict=True)))
+    return {"loss/generator": losses[0][0].detach(), "generator/gradient_norm": finish_update(state.optim_g)}
 
 
 def finish_update(optimizer):
@@ -145,18 +160,20 @@ def train_step(state, settings, dataset, device):
         fake = generate(noise["z"][-1])
     images = fake.detach().requires_grad_(learns)  # where the graphs of the critics' losses end
     seen = augment(images, settings.augment, noise["augment"][-1][:, 0])
-    losses = []
+    losses, (pixel_share, projected_share, identity_share) = [], shares_of(state, settings)
     if state.critic:
         with autocast(settings, device):
-            losses.append(generator_loss(state.critic(seen)))
+            losses.append((generator_loss(state.critic(seen)), pixel_share))
     if state.projected:
-        with autocast(settings, device), torch.no_grad():
-            real_features = state.projected.features(seen_real)
-        with autocast(settings, device):
-            features = state.projected.features(seen)
-        scalars |= projected_step(state, settings, real_features, [feature.detach() for feature in features])
-        with autocast(settings, device):
-            losses.append(generator_loss(state.projected.heads(features)))
+        more, loss, *_ = projected_step("projected", state.projected, state.optim_p, settings, seen_real, seen)
+        scalars |= more
+        losses.append((loss, projected_share))
+    if state.identity:  # sees the images as they are, since faces must be where it expects them
+        step = projected_step("identity", state.identity, state.optim_i, settings, real, images)
+        more, loss, (*_, real_identities), (*_, identities) = step
+        scalars |= more
+        losses += [(loss, identity_share / 2), (state.identity.distance(identities), identity_share / 2)]
+        state.identity.remember(*(gather_batch(x, settings.batch_size) for x in (identities, real_identities)))
     scalars |= generator_step(state, settings, fake, images, losses)
     if state.ema:
         # Early on the average follows faster, or it would show the random start, of a grown network that of its new

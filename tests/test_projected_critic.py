@@ -121,5 +121,5 @@ def test_the_generator_follows_the_mix_of_two_gradients_of_the_same_norm():
     images = weight.detach().clone().requires_grad_()
     losses = [(images * torch.tensor([3.0, 0.0])).sum(), (images * torch.tensor([0.0, 100.0])).sum()]
     state = SimpleNamespace(optim_g=torch.optim.SGD([weight], lr=1.0))
-    generator_step(state, SimpleNamespace(projected_share=0.25), weight * 1, images, losses)
+    generator_step(state, None, weight * 1, images, list(zip(losses, (0.75, 0.25), strict=True)))
     assert (1 - weight.detach()).flatten().tolist() == pytest.approx([0.75 * 3, 0.25 * 3])

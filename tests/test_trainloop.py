@@ -191,7 +191,7 @@ def test_critic_learns_to_rank_and_generator_to_please():
         fake = state.generator(z)
         images = fake.detach().requires_grad_()
         loss = -state.critic(images).mean()
-        losses.append(generator_step(state, settings, fake, images, [loss])["loss/generator"].item())
+        losses.append(generator_step(state, settings, fake, images, [(loss, 1.0)])["loss/generator"].item())
     assert losses[-1] < losses[0]
     assert equal(before, list(state.critic.parameters()))
     assert all(p.grad is None for p in state.critic.parameters())

