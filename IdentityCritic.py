@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from command_line import UserError
-from ProjectedCritic import Head
+from ProjectedCritic import Head, keep_random
 
 PACKAGE, WEIGHTS = "face_recognition_models", "models/dlib_face_recognition_resnet_model_v1.dat"
 # dlib sees a face in a square of 150 px. Where that is in an aligned CelebA image, in parts of the central crop's side,
@@ -61,18 +61,18 @@ class FaceNetwork(nn.Module):
     features: those of four blocks, (N, CHANNELS[i], RESOLUTIONS[i], RESOLUTIONS[i]).  identities: (N, 128); two images
     nearer than 0.6 mostly show one person. Each affine layer is folded into the convolution before it.
 
-    file: dlib_face_recognition_resnet_model_v1.dat; None takes the package's. Raises UserError where that is missing.
+    Raises UserError where the package is missing.
     """
 
-    def __init__(self, file=None):
+    def __init__(self):
         super().__init__()
         package = importlib.util.find_spec(PACKAGE)  # not imported: it would need setuptools, for nothing
-        if not file and not package:
+        if not package:
             raise UserError("--identity-share: needs `pip install face_recognition_models`")
         self.stem = nn.Conv2d(3, 32, 7, stride=2)
         self.blocks = nn.ModuleList(Residual(*block) for block in BLOCKS)
         self.identity = nn.Linear(256, 128, bias=False)
-        content = Path(file or Path(package.submodule_search_locations[0]) / WEIGHTS).read_bytes()
+        content = (Path(package.submodule_search_locations[0]) / WEIGHTS).read_bytes()
         layers = {b"con_4": [], b"affine_": [], b"fc_2": []}  # the first layer comes first
         for kind, *sizes, at in ((*m.groups(), m.end()) for m in LAYER.finditer(content)):
             count = int.from_bytes(sizes[0][1:], "little") * int.from_bytes(sizes[1][1:], "little")
@@ -126,18 +126,10 @@ class IdentityCritic(nn.Module):
         self.config = {}
         self.frozen = [frozen] if frozen else []  # in a list, so that it is not registered
         self.mix = nn.ModuleList(nn.Conv2d(channels, channels, 1) for channels in CHANNELS)
-        for conv in self.mix:
-            nn.init.kaiming_normal_(conv.weight)
-            nn.init.zeros_(conv.bias)
-            conv.requires_grad_(False)
+        keep_random(*self.mix)
         self.heads = Heads()
         self.register_buffer("fake", torch.zeros(KEPT_FAKE, 128))  # zeros: not yet one
         self.register_buffer("real", torch.zeros(KEPT_REAL, 128))
-
-    def to(self, *args, **kwargs):
-        for network in self.frozen:
-            network.to(*args, **kwargs)
-        return super().to(*args, **kwargs)
 
     def features(self, images):
         """(N, 3, S, S) in [-1, 1] -> the four mixed features, (N, C, R, R), and the identities (N, 128), of size 1."""

@@ -102,6 +102,14 @@ class Heads(nn.ModuleList):
         return sum(head(feature) for head, feature in zip(self, features, strict=True))
 
 
+def keep_random(*convs):
+    """Give convolutions random weights that do not learn."""
+    for conv in convs:
+        nn.init.kaiming_normal_(conv.weight)
+        nn.init.zeros_(conv.bias)
+        conv.requires_grad_(False)
+
+
 class ProjectedCritic(nn.Module):
     """(N, 3, size, size) images in [-1, 1] -> (N,) unbounded scores, higher for real ones.
 
@@ -115,20 +123,12 @@ class ProjectedCritic(nn.Module):
 
     def __init__(self, size=128, frozen=None, even=False):
         super().__init__()
-        self.config = {"size": size, "even": even}
+        self.config = {"size": size} | ({"even": True} if even else {})  # as older files have it
         self.frozen = [frozen] if frozen else []  # in a list, so that it is not registered
         self.mix_channels = nn.ModuleList(map(partial(nn.Conv2d, kernel_size=1), CHANNELS, WIDTHS))
         self.mix_scales = nn.ModuleList(map(partial(nn.Conv2d, kernel_size=1), WIDTHS[1:], WIDTHS))
-        for conv in (*self.mix_channels, *self.mix_scales):
-            nn.init.kaiming_normal_(conv.weight)
-            nn.init.zeros_(conv.bias)
-            conv.requires_grad_(False)
+        keep_random(*self.mix_channels, *self.mix_scales)
         self.heads = Heads(Head(width, size // stride) for width, stride in zip(WIDTHS, STRIDES, strict=True))
-
-    def to(self, *args, **kwargs):
-        for network in self.frozen:
-            network.to(*args, **kwargs)
-        return super().to(*args, **kwargs)
 
     def features(self, images):
         """(N, 3, S, S) in [-1, 1] -> the four mixes, (N, WIDTHS[i], S / strides[i], S / strides[i])."""
@@ -137,7 +137,7 @@ class ProjectedCritic(nn.Module):
         for i in (2, 1, 0):  # from the coarsest scale to the finest
             coarse = self.mix_scales[i](x[i + 1])  # (N, WIDTHS[i], R/2, R/2)
             x[i] = x[i] + nn.functional.interpolate(coarse, scale_factor=2, mode="bilinear")
-        return [mix / rms for mix, rms in zip(x, RMS, strict=True)] if self.config["even"] else x
+        return [mix / rms for mix, rms in zip(x, RMS, strict=True)] if self.config.get("even") else x
 
     def forward(self, images):
         return self.heads(self.features(images))

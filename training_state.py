@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from functools import partial
 
 import torch
 from torch import nn
@@ -44,17 +45,18 @@ def build_state(settings, device):
     """
     torch.manual_seed(settings.seed)
     s, grown, is_plan = settings, bool(settings.grow_from), torch.device(device).type == "meta"
+    place = partial(nn.Module.to, device=device, memory_format=torch.channels_last)
     lerped = grown and not s.skip  # as earlier versions grew it
     generator = Generator(s.nz, s.ngf, 3, s.size, s.stem_norm, s.blocks_g, s.attention, lerped, s.skip, s.chroma_size)
     critic = projected = identity = None
     if s.critic != "projected":
         critic = Critic(s.ndf, 3, s.size, s.norm, s.blocks_d, s.attention, grown)
     if s.critic != "pixel":
-        projected = ProjectedCritic(s.size, None if is_plan else load_frozen_network(), s.even_scales)
+        projected = ProjectedCritic(s.size, None if is_plan else place(load_frozen_network()), s.even_scales)
     if s.identity_share:
-        identity = IdentityCritic(None if is_plan else FaceNetwork())
+        identity = IdentityCritic(None if is_plan else place(FaceNetwork()))
     for network in filter(None, (generator, critic, projected, identity)):
-        network.to(device, memory_format=torch.channels_last)
+        place(network)
         normalise_over_ranks(network)
     if s.freeze_g:
         generator.requires_grad_(False).eval()  # with statistics of a batch its image would be another one

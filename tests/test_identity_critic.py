@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from test_trainloop import CPU, assert_equal_files, faces, go_on, scalars, settings_of, tiny  # noqa: F401 - two fixtures
+from test_trainloop import CPU, assert_equal_files, assert_only_heads_learn, faces, go_on, scalars, settings_of, tiny  # noqa: F401 - two fixtures
 
 import IdentityCritic
 from checkpoints import read_model_file
@@ -35,12 +35,7 @@ def test_only_the_heads_learn_and_the_images_get_a_gradient():
     torch.manual_seed(0)
     critic, images = IdentityCritic.IdentityCritic(IdentityCritic.FaceNetwork()), torch.rand(3, 3, 64, 64)
     scores = critic.heads(critic.features(images.requires_grad_()))
-    assert scores.shape == (3,) and scores.dtype == torch.float32
-    scores.sum().backward()
-    assert images.grad.abs().sum() > 0
-    learning = {name for name, p in critic.named_parameters() if p.grad is not None}
-    assert learning and all(name.startswith("heads.") for name in learning)
-    assert not any(p.requires_grad for p in critic.frozen[0].parameters())
+    assert_only_heads_learn(critic, images, scores)
 
 
 def test_the_distance_draws_equal_identities_apart_until_they_are_as_different_as_real_ones():

@@ -65,6 +65,16 @@ def error(capsys):
     return line
 
 
+def assert_only_heads_learn(critic, images, scores):
+    """The (3,) scores of a projected critic give the images a gradient, and of the weights the heads' alone."""
+    assert scores.shape == (3,) and scores.dtype == torch.float32
+    scores.sum().backward()
+    assert images.grad.abs().sum() > 0
+    learning = {name for name, p in critic.named_parameters() if p.grad is not None}
+    assert learning and all(name.startswith("heads.") for name in learning)
+    assert not any(p.requires_grad for p in critic.frozen[0].parameters())
+
+
 class Noise:
     """A data set of 10 images of random pixels."""
 
