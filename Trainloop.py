@@ -125,7 +125,7 @@ def dry_run(settings, device, begun):
     slots += [network.state_dict() for network in (*networks.values(), state.ema) if network]
     full = sum(tensor.nbytes for slot in slots for tensor in slot.values())
     kept = settings.steps // settings.checkpoint_every
-    print("parameters   " + ", ".join(f"{name} {number:,}" for name, number in count.items()))
+    print("parameters   " + ", ".join(f"{name} {number:,}" for name, number in count.items() if number))
     if device.type == "cuda":
         used, note = torch.cuda.max_memory_allocated(device), f"on {torch.cuda.get_device_name()}, beside the images"
     else:

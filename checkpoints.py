@@ -11,7 +11,7 @@ from command_line import UserError
 from Generator import Generator
 
 FORMAT = 1  # version of the files
-NETWORKS = ("generator", "critic", "projected", "identity")  # each {config, state} in a file, or None
+NETWORKS = ("generator", "critic", "projected", "identity", "frechet")  # each {config, state} in a file, or None
 
 
 def read_model_file(path):

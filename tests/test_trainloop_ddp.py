@@ -26,7 +26,8 @@ pytestmark = [
 # Of the generator's blocks, plain ones take the most steps until a rounding crosses a ReLU and grows.
 TRAIN = [str(ROOT / "Trainloop.py"), *TINY, "--precision=fp32", "--lr-g=1e-4", "--lr-d=1e-4", "--blocks-g=plain"]
 GP, CLIP = ["--loss=wgan-gp"], ["--loss=wgan", "--norm=batch"]  # CLIP: BatchNorm in both networks
-BOTH = ["--critic=both", "--augment", "color", "--even-scales", "--identity-share=0.4"]
+BOTH = ["--critic=both", "--augment", "color", "--even-scales", "--identity-share=0.4",
+        "--frechet-share=0.2"]  # fmt: skip
 
 
 def popen(command, folder, **environment):
