@@ -44,7 +44,7 @@ class Moments(nn.Module):
         """Average in the moments of a batch, (N, D) features each."""
         for average, x in ((self.fake, fake), (self.real, real)):
             x = nn.functional.pad(x.detach().to(average), (0, 1), value=1.0)  # (N, D + 1)
-            average.lerp_(x.T @ x / len(x), len(x) / WINDOW)
+            average.lerp_(x.T @ x / len(x), min(1, len(x) / WINDOW))
 
     def refresh(self):
         """Compute the distance and its gradients by m and C: 2 (m - m'), and I - C^(-1/2) (C^(1/2) C' C^(1/2))^(1/2)

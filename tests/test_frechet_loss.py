@@ -59,6 +59,14 @@ def test_too_few_images_give_no_gradient():
     assert not torch.autograd.grad(loss(x.float()), x)[0].any()
 
 
+def test_a_batch_larger_than_the_window_replaces_all_before(monkeypatch):
+    monkeypatch.setattr(FrechetLoss, "WINDOW", 100)
+    loss = FrechetLoss.Moments(6).double()
+    loss.remember(normal(500, 0), normal(500, 0))
+    loss.remember(normal(500, 1), normal(500, 1))
+    assert loss.fake[-1, :-1].tolist() == pytest.approx(normal(500, 1).mean(0).tolist())
+
+
 def needs_network():
     pytest.importorskip("timm", reason="needs timm")
     for number in (0, 1):
